@@ -52,9 +52,14 @@ class Scene:
 
 
 def write_scenes(
-    folder: Path, count: int, size: tuple[int, int] = (24, 16), objects: list[int] | None = None, per_shard: int = 3
+    folder: Path,
+    count: int,
+    size: tuple[int, int] = (24, 16),
+    objects: list[int] | None = None,  # how many each image has
+    per_shard: int = 3,
+    without: tuple[str, ...] = (),  # fields
 ) -> None:
-    """Shards of scenes, (width, height) `size`, with their manifest; objects: how many each image has."""
+    """Shards of scenes, (width, height) `size`, with their manifest."""
     from ldmlab.data.index_tars import index_tars
     from ldmlab.data.tars import END_MARKER, tar_bytes
 
@@ -63,6 +68,8 @@ def write_scenes(
         data = b""
         for number in range(first, min(first + per_shard, count)):
             files = Scene(number, *size, objects=objects[number] if objects else None).files()
+            fields = json.loads(files["json"])
+            files["json"] = json.dumps({name: value for name, value in fields.items() if name not in without}).encode()
             data += b"".join(tar_bytes(f"{number:05}.{ending}", content) for ending, content in files.items())
         (folder / f"{first // per_shard:05}.tar").write_bytes(data + END_MARKER)
     index_tars([folder], split=folder.name, origin="drawn by a test", licence="none", workers=1)

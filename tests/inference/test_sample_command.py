@@ -219,14 +219,14 @@ def _no_space_after_one(path: Path, *image: Any) -> None:
 def test_marks_are_put_and_without_them_every_bit_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LDMLAB_WEIGHTS", str(tmp_path / "weights"))
     words = ["runs/tiny", "1", "--steps", "2", "--size", "64x64", "--out"]
-    for name, more in (("plain", []), ("marked", ["--mark", "watermark,credentials"]), ("off", ["--mark", ""])):
+    for name, more in (("plain", []), ("marked", ["--mark", "watermark,credentials"]), ("again", [])):
         sample_command([*words, str(tmp_path / name), *more])
-    plain, marked, off = ((tmp_path / name / "000000.png") for name in ("plain", "marked", "off"))
-    assert plain.read_bytes() == off.read_bytes()
+    plain, marked, again = ((tmp_path / name / "000000.png") for name in ("plain", "marked", "again"))
+    assert plain.read_bytes() == again.read_bytes()
     assert watermark_score(np.asarray(Image.open(marked))) > THRESHOLD
     assert credentials(marked.read_bytes()).state == "valid"
     assert read_settings(plain) == read_settings(marked)
-    assert (tmp_path / "plain" / "grid.png").read_bytes() == (tmp_path / "off" / "grid.png").read_bytes()
+    assert (tmp_path / "plain" / "grid.png").read_bytes() == (tmp_path / "again" / "grid.png").read_bytes()
     assert credentials((tmp_path / "marked" / "grid.png").read_bytes()).state == "valid"
     with pytest.raises(InputError, match="cannot mark the animations"):
         sample_command([*words, str(tmp_path / "x"), "--mark", "watermark", "--trajectory"])

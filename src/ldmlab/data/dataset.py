@@ -22,15 +22,6 @@ from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
 from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of
 
-_LACKS = {  # what most samples lack
-    "fields": "data.fields={fields}: {count} of {readable} samples of {named} have none that can be used: sample "
-    "{label} has {what}; name fields the data carry, or pack them with `ldmlab pack`.",
-    "listed": "{named}: its manifest.json does not list the field {what}, which sample {label} has; pack or index the "
-    "folder again.",
-    "parts": "task: it starts from {what}, nor have {count} of {readable} that were read; add it to the shards, or "
-    "choose another task.",
-}
-
 
 @dataclass(frozen=True)
 class BatchSpec:
@@ -263,7 +254,10 @@ class ShardDataset(Dataset[Batch]):
         """
         total = (self.reader.store and self.counts[0]) or len(self)  # of a store the first shard: others are far away
         count = min(total, TRIES)
-        readable, lacks = 0, {kind: dict[str, str]() for kind in _LACKS}  # kind => sample => what
+        readable, lacks = (
+            0,
+            {kind: dict[str, str]() for kind in ("fields", "listed", "parts")},
+        )  # kind => sample => what
         for position in (number * total // count for number in range(count)):
             place = self._place(position)
             label = self.reader.label(place.shard, place.sample)
@@ -285,9 +279,24 @@ class ShardDataset(Dataset[Batch]):
         for kind, found in lacks.items():
             if 2 * len(found) > readable:
                 label, what = next(iter(found.items()))
-                given = {"fields": list(self.spec.fields), "count": len(found), "readable": readable}
-                text = _LACKS[kind].format(named=self.named, label=label, what=what, **given)
-                raise InputError(text)
+                raise InputError(self._lacking(kind, label, what, f"{len(found)} of {readable}"))
+
+    def _lacking(self, kind: str, label: str, what: str, share: str) -> str:
+        """The sentence of what most samples lack, such as this one."""
+        if kind == "fields":
+            return (
+                f"data.fields={list(self.spec.fields)}: {share} samples of {self.named} have none that can be used: "
+                f"sample {label} has {what}; name fields the data carry, or pack them with `ldmlab pack`."
+            )
+        if kind == "listed":
+            return (
+                f"{self.named}: its manifest.json does not list the field {what}, which sample {label} has; pack or "
+                "index the folder again."
+            )
+        return (
+            f"task: it starts from {what}, nor have {share} that were read; add it to the shards, or choose another "
+            "task."
+        )
 
     def _first_sample(self) -> Batch:
         """The first sample that can be read: the form of batches in which none can."""
