@@ -25,8 +25,12 @@ def test_latents_replace_no_first_stage_and_lie_in_no_shards(tmp_path: Path) -> 
             dispatch(["encode", *words, f"out={out}"])
     (tmp_path / "run" / "train").mkdir()
     (tmp_path / "run" / "train" / "encode.json").write_text("{}")  # latents that a killed command began
-    with pytest.raises(InputError, match="none"):  # the shards are the next thing that is missing
-        encode_splits(plain(compose("encode", [*words, f"out={tmp_path / 'run'}"])))
+    for split in ("val", "train"):  # of this command, or added to what another one made
+        with pytest.raises(InputError, match="none"):  # the shards are the next thing that is missing
+            encode_splits(plain(compose("encode", [*words, f"splits=[{split}]", f"out={tmp_path / 'run'}"])))
+    (tmp_path / "run" / "train" / "encode.json").write_text('{"fingerprint": "0123"}')
+    with pytest.raises(InputError, match="run/train holds latents of another first stage"):
+        dispatch(["encode", *words, "splits=[val]", f"out={tmp_path / 'run'}"])
 
 
 def test_an_evaluation_replaces_no_report_of_the_users(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ldmlab.data.output_folder import Destination
 from ldmlab.data.shard_data import ShardData
 from ldmlab.distributed import launched
 from ldmlab.errors import InputError
+from ldmlab.files import read_json
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import DESCRIPTION, write_model_folder
 from ldmlab.nn.compiling import compile_regions, wanted
@@ -23,8 +24,8 @@ from ldmlab.nn.compiling import compile_regions, wanted
 def encode_splits(config: dict[str, Any]) -> None:
     """The splits of `config` one after the other; then the first stage, so that training needs no other file."""
     out = Destination.of(config["out"], "out")
-    _check_out(out.folder, config["splits"])
     loaded = load_first_stage(config["from_run"], config["weights"])
+    _check_out(out.folder, loaded.fingerprint)
     images = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
     data: ShardData = instantiate(images, where="data", seed=config["seed"])
     first_stage: Any = loaded.module
@@ -59,13 +60,17 @@ def encode_splits(config: dict[str, Any]) -> None:
             out.send(advance, "out")
 
 
-def _check_out(folder: Path, splits: Sequence[str]) -> None:
-    """InputError for a folder of somebody's shards, and for a first stage in it that is not of these latents."""
+def _check_out(folder: Path, fingerprint: str) -> None:
+    """InputError for a folder of somebody's shards, and for a first stage in it that is not that of these latents."""
     if (folder / MANIFEST).exists():
         raise InputError(f"out={folder} is a folder of shards itself; choose a new folder.")
-    first_stage = folder / "first_stage"
-    if first_stage.exists() and not any((folder / split / ENCODE_PLAN).exists() for split in splits):
+    first_stage, plans = folder / "first_stage", sorted(folder.glob(f"*/{ENCODE_PLAN}"))  # of splits encoded before
+    if first_stage.exists() and not plans:
         raise InputError(f"out={folder}: {first_stage} is there already and would be replaced; choose a new folder.")
+    for plan in plans:
+        found = read_json(plan)
+        if isinstance(found, dict) and found.get("fingerprint", fingerprint) != fingerprint:
+            raise InputError(f"out={folder}: {plan.parent} holds latents of another first stage; choose a new folder.")
 
 
 def _last_files(out: Destination, splits: Sequence[str]) -> list[Path]:
