@@ -155,9 +155,12 @@ def test_errors_name_the_options_of_the_command(tmp_path: Path) -> None:
 
 def test_samples_are_scored_without_the_grids_beside_them(tmp_path: Path) -> None:
     samples = folder_of(tmp_path / "samples", noise(5, 0))
-    for name in ("grid.png", "sweep_steps.png", "000000_trajectory.png", "trajectory.png", "000000_trajectory.webp"):
+    names = ("grid.png", "sweep_steps.png", "000000_trajectory.png", "trajectory.png", "000000_trajectory.webp")
+    for name in names:
         Image.new("RGB", (48, 40)).save(samples / name)
-    assert image_set(samples).count == 5
+    assert image_set(samples).count == 5 + len(names)  # images of the user's own, which are called so
+    Image.new("RGB", (48, 40)).save(samples / "000000.png")
+    assert image_set(samples).count == 5 + 1
 
 
 def test_a_pipe_among_images_blocks_nothing(tmp_path: Path) -> None:

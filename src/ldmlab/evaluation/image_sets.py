@@ -202,7 +202,7 @@ def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
         return made("shards", manifest.total, (side, side), manifest_hash=manifest.hash)
     endings = {f".{ending}" for ending in IMAGE_ENDINGS}
     found = (file for file in path.rglob("*") if file.suffix.lower() in endings)
-    files = tuple(sorted(file for file in found if not is_overview(file.name)))
+    files = tuple(sorted(file for file in found if not is_overview(file)))
     if not files:
         raise InputError(f"{path} holds no images and no shards; give another folder.")
     opened = _Files(files)

@@ -28,9 +28,11 @@ FRAME_MS, LAST_FRAME_MS = 60, 1500
 _BESIDE = re.compile(r"(grid|sweep_.+|trajectory|\d+(_.+)?_trajectory)\.png|\d+_trajectory\.webp")
 
 
-def is_overview(name: str) -> bool:
-    """Whether `ldmlab sample` names so a file that it writes beside the samples: a grid, a sweep, a trajectory."""
-    return _BESIDE.fullmatch(name) is not None
+def is_overview(path: Path) -> bool:
+    """Whether a file is a grid, sweep or trajectory that `ldmlab sample` wrote beside samples, by their names."""
+    if _BESIDE.fullmatch(path.name) is None:
+        return False
+    return any(_BESIDE.fullmatch(first.name) is None for first in path.parent.glob("000000*.png"))
 
 
 def save_png(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:

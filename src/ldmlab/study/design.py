@@ -31,7 +31,7 @@ def images_of(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; give a folder of images.")
     files = [f for f in folder.iterdir() if f.suffix[1:].lower() in IMAGE_ENDINGS and not f.name.startswith(".")]
-    files = sorted(f for f in files if not is_overview(f.name))
+    files = sorted(f for f in files if not is_overview(f))
     found = {file.stem: file for file in files}
     if not found:
         raise InputError(f"{folder} holds no images; give another folder.")
