@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as registration
 
-from ldmlab import contracts
+from ldmlab import contracts, distributed
 from ldmlab.errors import InputError, memory_ran_out, shown
 
 LARGEST = 2**31  # of whole numbers of a network
@@ -101,6 +101,7 @@ def _numbers(value: Any, where: str) -> Iterator[tuple[str, int | float]]:
 def _bounded(which: str) -> Iterator[None]:
     """Inside, a part that grows beyond any network, or beyond the memory of this machine, is an InputError."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory *= distributed.world_size() if distributed.joined() else 1  # FSDP keeps a part of each weight here
     pieces = weights = 0
 
     def added(module: nn.Module, name: str, new: torch.Tensor | nn.Module | None) -> None:
