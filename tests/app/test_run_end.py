@@ -35,11 +35,11 @@ def test_the_next_command_can_be_typed(tmp_path: Path) -> None:
     run = tmp_path / "it's, a=b (1)"
     run.mkdir()
     stage: Any = SimpleNamespace(monitor="psnr", monitor_mode="max", step=5, position=40)
-    data = {"train": "my images, 1", "val": "v"}
+    data = {"train": "my images, 1", "val": "1e3"}
     command = finished(run, {"stage": {"name": "autoencoder"}, "data": data}, stage, nested=False).splitlines()[-1]
     words = shlex.split(command.removeprefix("next: ldmlab encode "))
     found = {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(words)}
-    wanted = {"data": "shards", "data.train": data["train"], "data.val": "v", "from_run": str(run)}
+    wanted = {"data": "shards", "data.train": data["train"], "data.val": "1e3", "from_run": str(run)}
     assert found == {**wanted, "out": f"{run}-latents"}
 
 

@@ -164,4 +164,3 @@ def test_parameters_of_both_kinds_are_whole_in_one_process() -> None:
     names = {id(p): n for n, p in made.first_stage.named_parameters()}
     found = sorted(names[id(parameter)] for parameter in made.whole())
     assert found == ["decoder.output.weight", "encoder.output.weight", "quantiser.codebook.weight"]
-    assert isinstance(made.first_stage, nn.Module)

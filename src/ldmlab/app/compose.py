@@ -150,7 +150,8 @@ def _for_shell(key: str, value: str) -> str:
 
 def typed(key: str, value: object) -> str:
     """`key=value` to be typed in a shell, quoted where the shell or Hydra would read it in another way."""
-    return f"{key}={value}" if re.fullmatch(r"[\w./@:-]+", str(value)) else _for_shell(key, str(value))
+    plain = re.fullmatch(r"[\w.@:-]*/[\w./@:-]+", str(value))  # a word alone may be a number, null or true
+    return f"{key}={value}" if plain else _for_shell(key, str(value))
 
 
 def quoted(value: str) -> str:

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nFinished in {_duration(time.monotonic() - began)}; the largest step held {memory:.1f} GiB.")
     print(f"Images:  {args.out / 'samples' / 'grid.png'}")
     print(f"Report:    {args.out / 'evaluation' / 'report.html'}")
-    print(f'Try:       .venv/bin/ldmlab sample {args.out / "text_to_image"} "sleepy owl" --guidance-scale 3')
+    model = shlex.quote(str(args.out / "text_to_image"))
+    print(f'Try:       .venv/bin/ldmlab sample {model} "sleepy owl" --guidance-scale 3')
 
 
 def _prepare(out: Path, steps: list[Step], fresh: bool) -> None:

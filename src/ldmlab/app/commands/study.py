@@ -75,16 +75,7 @@ def _make(args: argparse.Namespace) -> None:
     args.per_session = 50 if args.per_session is None else args.per_session
     args.checks = 4 if args.checks is None else args.checks
     args.seconds = 3.0 if args.seconds is None else args.seconds
-    at_least(args, per_session=1, checks=0, seed=0)
-    if args.checks > _MOST_CHECKS:
-        raise InputError(f"--checks {args.checks} are too many for a rater; choose at most {_MOST_CHECKS}.")
-    for option in ("title", "question", "names"):
-        if (text := getattr(args, option)) is not None:
-            check_text(f"--{option}", text)
-            if not text.strip():
-                raise InputError(f"--{option} {text!r} is empty; give a text, or leave it out.")
-    if not 0 <= args.seconds <= 60:
-        raise InputError(f"--seconds {args.seconds} is outside 0 .. 60; choose 3, as the paper, or 0 for no limit.")
+    _check_settings(args)
     sets = names_of(args.folders, args.names)
     if args.paper_table is not None:
         check_table(args.paper_table, args.task, len(sets))
@@ -107,6 +98,20 @@ def _make(args: argparse.Namespace) -> None:
         paper_table=args.paper_table,
     )
     print(f"{args.out}: {len(study.rated)} items; show it with `ldmlab study serve {shlex.quote(str(args.out))}`")
+
+
+def _check_settings(args: argparse.Namespace) -> None:
+    """InputError for numbers and texts that no study can have."""
+    at_least(args, per_session=1, checks=0, seed=0)
+    if args.checks > _MOST_CHECKS:
+        raise InputError(f"--checks {args.checks} are too many for a rater; choose at most {_MOST_CHECKS}.")
+    for option in ("title", "question", "names"):
+        if (text := getattr(args, option)) is not None:
+            check_text(f"--{option}", text)
+            if not text.strip():
+                raise InputError(f"--{option} {text!r} is empty; give a text, or leave it out.")
+    if not 0 <= args.seconds <= 60:
+        raise InputError(f"--seconds {args.seconds} is outside 0 .. 60; choose 3, as the paper, or 0 for no limit.")
 
 
 def _is_model(path: Path) -> bool:
