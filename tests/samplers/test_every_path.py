@@ -59,3 +59,14 @@ def test_every_sampler_on_every_path(name: str, kind: str) -> None:
     else:
         exact = exact_end(grid[0].sigma * x, grid[0], grid[-1])
         assert float((found - exact).square().mean().sqrt()) < (0.1 if sampler.order == 1 else 0.03)
+
+
+@pytest.mark.parametrize("kind", ["with margins", "VP", "EDM", "rectified flow"])
+def test_fixed_steps_of_the_flow_end_where_the_path_does(kind: str) -> None:
+    """Grids of a path with a noisy end hold that end already: there is no step of length 0 after it."""
+    path, x = PATHS[kind], torch.special.ndtri((torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT)
+    sampler = sampler_by_name("ode", method="rk4").along(path)  # type: ignore[attr-defined]
+    grid = path.grid(50)
+    found = sampler(denoise, grid[0].sigma * x, grid, noise=draw)
+    exact = exact_end(grid[0].sigma * x, grid[0], grid[-1])
+    assert float((found - exact).square().mean().sqrt()) < 0.03

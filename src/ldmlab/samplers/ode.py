@@ -61,11 +61,11 @@ class Ode:
 
 
 def positions(path: Path, grid: list[Level]) -> Tensor:
-    """s of the levels of a grid, float64; the end is the clean end."""
+    """s of the levels of a grid, float64; the end is the path's, which grids of a path with a noisy end hold already."""
     times = torch.tensor([level.time for level in grid if level.time is not None], dtype=torch.float64)
     places = path.position(times)
     end = places.new_full((1,), getattr(path, "first", 0.0))
-    return places if grid[-1].time is not None else torch.cat([places, end])
+    return places if grid[-1].time is not None or bool(places[-1] - end < _LEAST) else torch.cat([places, end])
 
 
 def slope(denoise: Denoise, path: Path, x: Tensor, s: Tensor) -> Tensor:
