@@ -46,12 +46,23 @@ def test_times_that_dit_visits(case: str) -> None:
         assert [level.time for level in grid[-2::-1]] == expected
 
 
+@pytest.mark.parametrize(("count", "stride"), [(25, 40), (30, 34), (63, 16), (334, 3)])
+def test_strides_of_dit_that_do_not_divide_the_levels(count: int, stride: int) -> None:
+    """Its "ddimN": the smallest stride by which the range of all times has N."""
+    strides = (k for k in range(1, 1000) if len(range(0, 1000, k)) == count)
+    assert next(strides) == stride
+    grid = Schedule().grid(count, "leading:exact")
+    assert [level.time for level in grid[-2::-1]] == [*range(0, 1000, stride)]
+
+
 def test_sections_that_do_not_fit_are_refused() -> None:
     for text, steps in (("10,15,20", 50), ("10,x", 10), ("5,0", 5), ("", 5), ("-3,8", 5)):
         with pytest.raises(InputError, match=rf"spacing=linspace:{text} with steps={steps}: give a count of 1 or more"):
             Schedule().grid(steps, f"linspace:{text}")
     with pytest.raises(InputError, match="a section of 3 noise levels has no 4 of them"):
         Schedule(steps=10).grid(6, "linspace:1,1,4")
+    with pytest.raises(InputError, match="leading:exact: no stride gives 501 of 1000"):
+        Schedule().grid(501, "leading:exact")
     with pytest.raises(InputError, match="has no such power"):
         LinearPath().grid(10, "linspace:5,5")
 

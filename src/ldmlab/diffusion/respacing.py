@@ -49,8 +49,11 @@ def even_times(total: int, steps: int, spacing: str) -> list[int]:
     """Times of T by linspace, also in sections, leading or trailing, noisiest first.
 
     `linspace:open` and `leading:open` are those of one more step without its last; leading ones are then 1 higher.
+    `leading:exact`: every k-th time, the smallest k that gives so many of all T (DiT's `ddim30`).
     """
     name, colon, text = spacing.partition(":")
+    if spacing == "leading:exact":
+        return _every_kth(total, steps)
     if text == "open" and name in ("linspace", "leading"):  # DPMSolverMultistepScheduler of diffusers
         return [t + (name == "leading") for t in even_times(total, steps + 1, name)[:-1]]
     if name == "linspace":
@@ -61,6 +64,13 @@ def even_times(total: int, steps: int, spacing: str) -> list[int]:
     if name == "leading":
         return [t * (total // steps) for t in reversed(range(steps))]
     return [round(total - k * total / steps) - 1 for k in range(steps)]
+
+
+def _every_kth(total: int, steps: int) -> list[int]:
+    times = range(0, total, -(-total // steps))
+    if len(times) != steps:
+        raise InputError(f"spacing=leading:exact: no stride gives {steps} of {total} noise levels; use leading.")
+    return list(times)[::-1]
 
 
 def quadratic_times(total: int, steps: int) -> list[int]:

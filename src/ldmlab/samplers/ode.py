@@ -61,7 +61,7 @@ class Ode:
 
 
 def positions(path: Path, grid: list[Level]) -> Tensor:
-    """s of the levels of a grid, float64; the end is the path's, which grids of a path with a noisy end hold already."""
+    """s of the levels of a grid, float64; the end is the path's, which grids with a noisy end hold already."""
     times = torch.tensor([level.time for level in grid if level.time is not None], dtype=torch.float64)
     places = path.position(times)
     end = places.new_full((1,), getattr(path, "first", 0.0))
