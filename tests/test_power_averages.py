@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from ldmlab.averaging import PowerAverage, coefficients, exponents, reconstruct, write_snapshot
+from ldmlab.averaging import AveragedWeights, PowerAverage, coefficients, exponents, reconstruct, write_snapshot
 from ldmlab.errors import InputError
 
 RECORDED = load_file(Path(__file__).parent / "assets/reference/modern/edm2_ema.safetensors")  # float64
@@ -29,17 +29,31 @@ def test_exponents_and_coefficients_are_the_official_ones() -> None:
 
 @pytest.mark.parametrize("length", [0.05, 0.1, 0.15])
 def test_tracked_averages_are_the_official_ones(length: float) -> None:
-    """The recorded run: weight k is sin(0.05 i k) + 0.01 i after update i."""
     net = nn.Linear(6, 1, bias=False).double()
-    average, k = PowerAverage(net, length), torch.arange(1, 7, dtype=torch.float64)
-    rows = []
+    assert torch.allclose(tracked(net, PowerAverage(net, length)), RECORDED[f"power.{length:g}"], atol=1e-7)
+
+
+@pytest.mark.parametrize(("halflife", "ratio"), [(20, None), (50, 0.09), (float("inf"), 0.05)])
+def test_averages_of_a_half_life_are_the_official_ones(halflife: float, ratio: float | None) -> None:
+    """Half-lives in updates of 100 images, which the record counts in millions."""
+    net = nn.Linear(6, 1, bias=False).double()
+    with torch.no_grad():
+        net.weight.zero_()
+    average = AveragedWeights(net, 0.5 ** (1 / halflife), ratio or 0.0)
+    expected = RECORDED[f"traditional.halflife={halflife * 1e-4:g}.ramp={ratio}"]
+    assert torch.allclose(tracked(net, average), expected, atol=1e-7)
+
+
+def tracked(net: nn.Linear, average: AveragedWeights) -> torch.Tensor:
+    """The recorded run: weight k is sin(0.05 i k) + 0.01 i after update i."""
+    k, rows = torch.arange(1, 7, dtype=torch.float64), []
     for i in range(1, 201):
         with torch.no_grad():
             net.weight.copy_((0.05 * i * k).sin() + 0.01 * i)
         average.update()
         if i in ROWS:
             rows.append(average.weights()["weight"][0].clone())
-    assert torch.allclose(torch.stack(rows), RECORDED[f"power.{length:g}"], atol=1e-7)
+    return torch.stack(rows)
 
 
 def walked(folder: Path, count: int, updates: int = 2000) -> dict[float, torch.Tensor]:

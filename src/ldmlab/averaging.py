@@ -1,7 +1,8 @@
 """Averaged weights: of one decay while training, and power functions, whose length may be chosen afterwards.
 
 The paper's warm-up: decay = min(decay, (1 + n) / (10 + n)), n counting optimizer updates. With `warmup` =
-(inv_gamma, power) it is min(decay, 1 - (1 + n / inv_gamma)^-power), as in diffusers' EMAModel.
+(inv_gamma, power) it is min(decay, 1 - (1 + n / inv_gamma)^-power), as in diffusers' EMAModel; with `warmup` = ratio it
+is min(decay, 0.5^(1 / (ratio n))), a half-life of at most ratio n updates, as in EDM's training; ratio 0: no warm-up.
 
 The power-function average (Karras et al. 2024, EDM2, section 3) of exponent g at time t is (g + 1) / t^(g+1) times the
 integral of s^g w(s) over s = 0 .. t, w being the weights. Its length is the standard deviation of the profile s^g
@@ -33,7 +34,7 @@ class AveragedWeights:
         self,
         module: nn.Module,
         decay: float,
-        warmup: tuple[float, float] | None = None,
+        warmup: tuple[float, float] | float | None = None,
         start: int = 0,  # updates until which the average is a copy of the live weights; n counts from there
     ) -> None:
         self.decay, self.warmup, self.start = decay, warmup, start
@@ -60,6 +61,8 @@ class AveragedWeights:
             return 0.0
         if self.warmup is None:
             return min(self.decay, (1 + n) / (10 + n))
+        if not isinstance(self.warmup, Sequence):
+            return min(self.decay, 0.5 ** (1 / (self.warmup * n))) if self.warmup else self.decay
         inv_gamma, power = self.warmup
         return min(self.decay, 1 - (1 + n / inv_gamma) ** -power)
 
@@ -97,7 +100,7 @@ class AveragedWeights:
 
 FOLDER = "averages"  # in a run folder
 _NAME = re.compile(r"step_(\d{8,})_length_(0\.\d{3,})\.safetensors")
-_LONGEST = 0.28  # the exponent would be negative from 0.2887 on
+_LONGEST = 0.2886  # the exponent would be negative from 1 / sqrt(12) on
 ACCEPTED = 0.02  # error of a profile; with 40 snapshots of 0.05 and 0.10 it is below for lengths from 0.05 to 0.20
 Numbers = NDArray[Any]  # float64
 

@@ -211,6 +211,7 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
         ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
         ({"averaging_decay": 1.0}, "trainer.averaging_decay=1.0 must lie"),
         ({"averaging_warmup": (1.0, 0.0)}, r"trainer.averaging_warmup=\[1.0, 0.0\] must be two numbers above 0"),
+        ({"averaging_warmup": -0.1}, r"trainer.averaging_warmup=-0.1 must be two numbers above 0"),
         ({"averaging_start": -1}, "trainer.averaging_start=-1 must be 0 or a step"),
         ({"averaging_start": 5, "averaging_decay": None}, "averages of trainer.averaging_decay=None begin"),
         ({"gradient_clip": 0.0}, "trainer.gradient_clip=0.0 must be above 0"),

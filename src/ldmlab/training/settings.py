@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ import torch
 
 from ldmlab import distributed
 from ldmlab.argument_types import check_types
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, shown
 from ldmlab.instantiate import instantiate
 from ldmlab.nn.compiling import TrainingChoice
 from ldmlab.training.precision import Precision
@@ -50,7 +50,7 @@ class TrainerSettings:
     skip_nonfinite: int = 0  # steps in a row that are left out where a gradient is not finite; 0: the run stops
     gradient_alarm: float | None = 10.0  # say where a gradient's norm is so many times its median; None: never
     averaging_decay: float | None = 0.9999  # of the averaged weights; None: none
-    averaging_warmup: tuple[float, float] | None = None  # inv_gamma and power, as in diffusers; None: the paper's
+    averaging_warmup: tuple[float, float] | float | None = None  # as of `AveragedWeights`; None: the paper's
     averaging_start: int = 0  # step until which the average is a copy of the weights
     precision: Precision = "bf16-mixed"  # auto becomes what the processor computes fast
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -111,10 +111,17 @@ class TrainerSettings:
                 f"trainer.averaging_start={self.averaging_start} must be 0 or a step after which averages of "
                 f"trainer.averaging_decay={decay} begin."
             )
-        if warmup is not None and (decay is None or len(warmup) != 2 or not all(0 < v < math.inf for v in warmup)):
+        if warmup is None:
+            return
+        if isinstance(warmup, Sequence):
+            given, fits = shown([*warmup]), len(warmup) == 2 and all(0 < v < math.inf for v in warmup)
+        else:
+            given, fits = shown(warmup), 0 <= warmup < math.inf
+        if decay is None or not fits:
             raise InputError(
-                f"trainer.averaging_warmup={list(warmup)} must be two numbers above 0, inv_gamma and power of the "
-                "warm-up of trainer.averaging_decay, such as [1,0.75]; or null."
+                f"trainer.averaging_warmup={given} must be two numbers above 0, inv_gamma "
+                "and power of the warm-up of trainer.averaging_decay, such as [1,0.75]; or a ratio of EDM's, such as "
+                "0.05; or null."
             )
 
     def check_device(self) -> None:

@@ -61,7 +61,7 @@ class Stage(OptimizerGroups):
         gradient_clip: float | None = None,  # largest norm of a group's gradient
         skip_nonfinite: int = 0,  # steps in a row that are left out where a gradient is not finite
         averaging_decay: float | None = None,  # None: no averaged weights
-        averaging_warmup: tuple[float, float] | None = None,  # inv_gamma and power; None: the paper's
+        averaging_warmup: tuple[float, float] | float | None = None,  # as of `AveragedWeights`
         averaging_start: int = 0,  # step until which the average is a copy
     ) -> None:
         super().__init__(seed, optimizer, lr_schedule)
