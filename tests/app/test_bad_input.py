@@ -161,3 +161,10 @@ def test_a_place_that_takes_no_files(flow: Flow) -> None:
         assert "proc takes no new files" in refusal(partial(step, out=f"{'../' * 20}proc/out"))
     words = ["export", "--without-card", str(flow.root / "first_stage"), "/proc/out"]
     assert "/proc takes no new files" in refusal(lambda: cli.dispatch(words))
+
+
+@pytest.mark.parametrize(
+    "words", [["pack", "in", "out", "--exclude", "a", "--exclude", "b"], ["plan", "--price", "1", "--price=2"]]
+)
+def test_an_option_given_twice_is_not_half_ignored(words: list[str]) -> None:
+    assert "is given twice" in refusal(lambda: cli.dispatch(words))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 from PIL import Image
 
 from ldmlab.app.cli import dispatch
+from ldmlab.data import opt_out
 from ldmlab.data.manifest import read_manifest
+from ldmlab.data.opt_out import OptOut, one_form
+from ldmlab.data.pack_images import Encoding, encode_part
 from ldmlab.data.shards import ShardReader
 from ldmlab.data.splits import perceptual_hash
+from ldmlab.data.transforms import Transform
 from refusals import refusal
 
 PLACE = "https://example.org/{}.png"
@@ -76,6 +81,47 @@ def test_the_distance_of_looks_is_an_option(source: Path, tmp_path: Path, pack: 
     words = ["--exclude", str(tmp_path / "list.txt"), "--exclude-distance", "4", "--workers", "1", "--size", "16"]
     assert dispatch(["pack", str(source), str(tmp_path / "far"), *words]) == 0
     assert "2" not in captions(tmp_path / "far" / "train")
+
+
+@pytest.mark.parametrize(
+    ("listed", "field"),
+    [
+        ("HTTPS://Example.ORG/a/1.png", "https://example.org/a/1.png"),
+        ("https://example.org:443/%61/1%2f.png", "https://example.org/a/1%2F.png"),
+        ("https://example.org/a b/ü.png", "https://example.org/a%20b/%C3%BC.png"),
+        ("http://example.org", "http://example.org:80/"),
+        ("https://example.org/1.png#top   # mine", "https://example.org/1.png"),
+        ("https://example.org/1.png?size=2", " https://example.org/1.png?size=2 "),
+    ],
+)
+def test_urls_match_in_any_equivalent_form(listed: str, field: str) -> None:
+    assert one_form(listed) == one_form(field)
+    assert one_form(one_form(listed)) == one_form(listed)
+
+
+@pytest.mark.parametrize("other", ["http://a.org/1", "https://a.org/1/", "https://a.org/1?b", "https://a.org/%2f1"])
+def test_urls_of_different_files_stay_different(other: str) -> None:
+    assert one_form("https://a.org/1") != one_form(other)
+    assert one_form("s3://bucket/a#1") != one_form("s3://bucket/a#2")
+
+
+def test_all_rows_of_a_listed_file_are_left_out(source: Path, tmp_path: Path, pack: Pack) -> None:
+    """A second caption of image 0 in a row without URL, and a row with a list of URLs."""
+    with open(source / "metadata.jsonl", "a") as table:
+        table.write('\n{"file_name": "0.png", "caption": "again"}')
+        table.write(f'\n{{"file_name": "./1.png", "caption": "mirrored", "urls": ["{PLACE.format(98)}"]}}')
+    assert pack("--size", 16, lines=f"{PLACE.format(0)}\n{PLACE.format(98)}") == 0
+    assert captions(tmp_path / "out" / "train") == ["2", "3", "4", "5", "6", "7"]
+    assert read_manifest(tmp_path / "out" / "train").extra["opt_out"]["left_out"]["url"] == 4
+
+
+def test_a_list_that_changes_while_it_is_in_use_stops_the_pack(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(PLACE.format(0))
+    listed = OptOut.of(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text(PLACE.format(1))
+    begun = replace(listed, distance=4)  # as a worker gets it
+    opt_out._read.cache_clear()
+    assert "was changed while it was in use" in refusal(lambda: encode_part([], Transform(16), Encoding(), 0, begun))
 
 
 def test_a_list_without_a_match_is_warned_of(pack: Pack, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ldmlab.app.compose import plain, searching
 from ldmlab.app.conf_files import check_added, check_effects, chosen_options, conf_dir, group_choices
 from ldmlab.app.hydra_main import hydra_main
-from ldmlab.errors import InputError, did_you_mean, memory_ran_out
+from ldmlab.errors import InputError, did_you_mean, memory_ran_out, shown
 from ldmlab.plugins import VARIABLE, allow, check_variable
 
 COMMANDS = {
@@ -134,8 +134,30 @@ def _of_machines(error: Exception) -> str:
     return f"another process of this command ended ({lost}); run the command again." if lost else ""
 
 
+class _Once(argparse.Action):
+    """Stores a value; InputError where the option was given before with another one."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        before = vars(namespace).setdefault("_given", {}).setdefault(self.dest, values)
+        if option_string and before != values:
+            pair = f"{shown(str(before))}, {shown(str(values))}"
+            raise InputError(f"{option_string} is given twice ({pair}), and takes one value; leave one of them out.")
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with the project's errors: an InputError with the nearest name."""
+    """argparse with the project's errors: an InputError with the nearest name, also for an option given twice."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("action", None, _Once)
+        self.register("action", "store", _Once)
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]

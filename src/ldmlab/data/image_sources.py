@@ -36,6 +36,7 @@ class Item:
     fault: str | None = None  # known before it is opened
     maps: dict[str, str] = field(default_factory=dict)  # files that lie on it, by ending: seg.png, mask.png
     caption: str | None = None  # field of a tar's sample that becomes its caption; "none": it gets none
+    urls: tuple[str, ...] = ()  # of other rows of the same file, for opt-out lists
 
 
 @dataclass(frozen=True)

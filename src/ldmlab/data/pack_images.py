@@ -14,7 +14,7 @@ from ldmlab.annotations import BOXES
 from ldmlab.data.decode import checked_fields, clean_fields, stored_fields
 from ldmlab.data.image_parts import MAPS, centre_cropped, packed_map, upright_size
 from ldmlab.data.image_sources import Item, captioned
-from ldmlab.data.splits import OptOut
+from ldmlab.data.opt_out import OptOut
 from ldmlab.data.tars import image_ending, read_range, tar_bytes
 from ldmlab.data.transforms import Transform
 from ldmlab.errors import InputError, one_of
@@ -67,12 +67,14 @@ def encode_part(
     """Decodes, transforms and encodes each image; a fault in one is noted and the next one is taken."""
     data, offsets, names = bytearray(), [], dict[str, None]()
     bad, small, excluded = [], [], []
+    if exclude is not None:
+        exclude.entries()  # a list that was changed is no fault of an image
     for item in items:
         try:
             with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata and large images
                 source, fields, maps = _open(item)
                 image = open_image(source)
-                if exclude is not None and (way := exclude.match(source, image, fields)):
+                if exclude is not None and (way := exclude.match(source, image, [*fields.values(), *item.urls])):
                     excluded.append(way)
                     continue
                 if min(image.size) < min_side:

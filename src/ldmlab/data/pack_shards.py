@@ -18,10 +18,11 @@ from typing import Any
 
 from ldmlab.data.image_sources import Item, Source, with_fields
 from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, read_manifest, write_manifest
+from ldmlab.data.opt_out import OptOut, with_urls_of_file
 from ldmlab.data.output_folder import BAD, ShardFile, finished_shard, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
 from ldmlab.data.shard_info import ShardInfo
-from ldmlab.data.splits import OptOut, SplitRule, split_items, with_class_ids
+from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import in_order, processors
 from ldmlab.errors import InputError
@@ -105,6 +106,8 @@ def pack(
         items = [with_fields(item) for item in items]
     if options.class_field:
         items, classes = with_class_ids(items, options.class_field)
+    if options.exclude is not None:
+        items = with_urls_of_file(items)
     splits = split_items(items, options.split)
     about = {"source": origin, "licence": licence, "classes": classes}
     try:

@@ -11,10 +11,11 @@ from ldmlab.app.progress import bar
 from ldmlab.data.annotation_files import annotated, image_names, read_annotations, with_maps
 from ldmlab.data.image_parts import MAPS
 from ldmlab.data.image_sources import LAYOUTS, Source, list_source
+from ldmlab.data.opt_out import OptOut
 from ldmlab.data.output_folder import BAD, Destination
 from ldmlab.data.pack_images import FORMATS, Encoding
 from ldmlab.data.pack_shards import PackOptions, pack
-from ldmlab.data.splits import NEAR_BITS, OptOut, SplitRule
+from ldmlab.data.splits import NEAR_BITS, SplitRule
 from ldmlab.data.transforms import RULES, Transform, parse_colour
 from ldmlab.data.workers import processors
 from ldmlab.errors import InputError, check_fraction
