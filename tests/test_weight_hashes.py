@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,18 @@ def test_hashes_of_a_wrong_type_end_in_a_sentence(tmp_path: Path, value: object)
     description = tmp_path / "model" / "model.yaml"
     description.write_text(yaml.safe_dump(yaml.safe_load(description.read_text()) | {"sha256": value}))
     with pytest.raises(InputError):
+        read_model(tmp_path / "model")
+
+
+def test_a_changed_value_of_a_description_is_said(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    description = tmp_path / "model" / "model.yaml"
+    content = yaml.safe_load(description.read_text())
+    description.write_text(yaml.safe_dump(content | {"image_size": 32}))
+    with pytest.warns(UserWarning, match=r"model\.yaml is not as it was written.* set fingerprint: \w{16} there"):
+        read_model(tmp_path / "model")
+    write_description(tmp_path / "model", SPEC | {"image_size": 32})
+    with warnings.catch_warnings(action="error"):
         read_model(tmp_path / "model")
 
 

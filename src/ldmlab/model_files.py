@@ -3,9 +3,12 @@
 Both kinds of folder hold `model.yaml`. A model folder keeps weights as `NAME.safetensors`; a run folder keeps what it
 trains in checkpoints, and what it only uses (a frozen first stage, a frozen text tower) as `NAME.safetensors`.
 `model.yaml` lists the SHA-256 of these files, which are checked when they are read; folders of ldmlab 0.1 have none.
+Its own hash, `fingerprint`, tells whether a value in it was changed since, which is said and not refused.
 """
 
 import hashlib
+import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +139,18 @@ def read_description(folder: Path) -> dict[str, Any]:
     if version == 1:
         spec = {**format1.node(spec), "format_version": FORMAT_VERSION}
     _check_kind(path, spec)
+    if spec.pop("fingerprint", None) not in (None, found := _fingerprint(spec)):
+        warnings.warn(
+            f"{path} is not as it was written: a value in it was changed or damaged, and its model may give other "
+            f"results; where you changed it, set fingerprint: {found} there.",
+            stacklevel=2,
+        )
     return spec
+
+
+def _fingerprint(spec: Mapping[str, Any]) -> str:
+    """A hash of the values of model.yaml."""
+    return hashlib.sha256(json.dumps(spec, default=str).encode()).hexdigest()[:16]
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -216,11 +230,12 @@ def _count(value: Any, known: dict[int, int], depth: int) -> int:
 def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
     """model.yaml, written atomically, with the hashes of the weights in its folder."""
     if (folder / DESCRIPTION).is_file():
-        check_hashes(folder, read_description(folder))  # else it would vouch for a file that was exchanged
+        check_hashes(folder, read_yaml(folder / DESCRIPTION))  # else it would vouch for a file that was exchanged
     content = {**spec, "format_version": FORMAT_VERSION}
     if packages := plugins.versions(plugins.named_in(spec)):
         content["plugins"] = packages
     content["sha256"] = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    content["fingerprint"] = _fingerprint(yaml.safe_load(yaml.safe_dump(content, sort_keys=False)))
     write_text(folder / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

@@ -200,6 +200,16 @@ def test_choosing_what_is_held_out_where_nothing_is(words: list[str], tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_refused_before_or_after_reading_leaves_nothing(tmp_path: Path) -> None:
+    source = _images(tmp_path / "in", 5)
+    with pytest.raises(InputError, match="no image is left for the train split"):
+        _pack(source, tmp_path / "out", _options(min_side=1000))
+    with pytest.raises(InputError, match=r"max-bad=0\.1: 5 of 5 images .* no caption file .*--layout captions"):
+        pack(list_source(source, layout="captions"), tmp_path / "out", _options(), workers=1)
+    assert not (tmp_path / "out").exists()
+    assert len(_pack(source, tmp_path / "out").manifests) == 1
+
+
 def test_small_images_are_left_out_on_request(tmp_path: Path) -> None:
     source = _images(tmp_path / "in", 5)
     Image.new("RGB", (100, 10)).save(source / "0002.png")

@@ -102,7 +102,7 @@ def test_captions_beside_images(tmp_path: Path) -> None:
     source = list_source(tmp_path)
     assert source.layout == "captions"
     assert [item.fields["caption"] for item in source.items] == ["köttbullar", "soup", None]
-    assert source.items[2].fault == "has no caption file next to it"
+    assert source.items[2].fault == "has no caption file next to it, as --layout captions has"
     assert [item.key for item in source.items] == ["a", "sub_a", "sub_b"]
 
 

@@ -151,7 +151,7 @@ def _caption_beside(image: Path) -> tuple[str | None, str | None]:
     """The caption, or what is wrong with it."""
     path = _caption_file(image)
     if path is None:
-        return None, "has no caption file next to it"
+        return None, "has no caption file next to it, as --layout captions has"
     try:
         text = read_text(path, "utf-8-sig").strip()
     except UnicodeDecodeError:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -46,8 +46,12 @@ def folder_in_use(out: Path) -> Iterator[None]:
             raise InputError(f"OUT={out} holds something else ({path.name}); choose a new folder.")
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out / _LOCK, f"OUT={out} is in use by another process", remove=True):
-            yield
+        try:
+            with locked(out / _LOCK, f"OUT={out} is in use by another process", remove=True):
+                yield
+        finally:
+            with suppress(OSError):
+                out.rmdir()  # nothing was written
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ side file `SHARD.json`, and at the end `manifest.json` and `bad.json`. An interr
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -110,9 +111,11 @@ def pack(
         items = with_urls_of_file(items)
     splits = split_items(items, options.split)
     about = {"source": origin, "licence": licence, "classes": classes}
+    work = _Pack(out, options, splits, about, max_bad, progress)
+    work.check_faults()
     try:
         with folder_in_use(out):
-            return _Pack(out, options, splits, about, max_bad, progress).run(encode, workers or processors())
+            return work.run(encode, workers or processors())
     except OSError as error:
         why = (error.strerror or str(error)).lower()
         raise InputError(
@@ -147,6 +150,11 @@ class _Pack:
         self.total, self.done = sum(map(len, splits.values())), 0
         self.bad: list[tuple[str, str]] = []  # name, reason
 
+    def check_faults(self) -> None:
+        """Refuses what is known before an image is read, so that nothing is written for it."""
+        items = chain.from_iterable(shard.items for shard in chain.from_iterable(self.shards.values()))
+        self._check_bad([(item.name, item.fault) for item in items if item.fault], final=True)
+
     def run(self, encode: Encode | None, workers: int) -> PackResult:
         """Plans, packs what is missing, writes the manifests."""
         finished = [self._open(split, shards) for split, shards in self.shards.items()]
@@ -173,7 +181,7 @@ class _Pack:
             with closing(in_order(encode, chunks, min(workers, len(chunks)))) as parts:
                 for shard in missing:
                     self._write(shard, parts)
-        self._check_bad(final=True)
+        self._check_bad(self.bad, final=True)
         return self._finish()
 
     def _open(self, split: str, shards: list[_Shard]) -> bool:
@@ -212,7 +220,7 @@ class _Pack:
                 shard.small += part.small
                 shard.excluded += part.excluded
                 self._count(min(_PART, len(shard.items) - start), part.bad)
-                self._check_bad(final=False)
+                self._check_bad(self.bad, final=False)
             shard.info = file.finish()
         finally:
             file.abandon()
@@ -226,21 +234,27 @@ class _Pack:
         if self.progress:
             self.progress(self.done, self.total)
 
-    def _check_bad(self, final: bool) -> None:
+    def _check_bad(self, bad: list[tuple[str, str]], final: bool) -> None:
         """Stops as soon as the share is certain to be passed."""
-        if len(self.bad) <= self.max_bad * self.total:
+        if len(bad) <= self.max_bad * self.total:
             return
-        few = "; ".join(f"{name} {reason}" for name, reason in self.bad[:3])
-        count = f"{len(self.bad)}{'' if final else ' or more'}"
+        few = "; ".join(f"{name} {reason}" for name, reason in bad[:3])
+        count = f"{len(bad)}{'' if final else ' or more'}"
         raise InputError(
             f"max-bad={self.max_bad}: {count} of {self.total} images cannot be used "
             f"({few}); fix them, or raise --max-bad and run the same command to continue."
         )
 
+    def _clear(self) -> None:
+        """Nothing stays of splits that cannot be finished with these options: others are refused beside them."""
+        for folder in {self.out / split for split in self.shards if not (self.out / split / MANIFEST).exists()}:
+            shutil.rmtree(folder)
+
     def _finish(self) -> PackResult:
         result, o = PackResult(), self.options
         for split, shards in self.shards.items():
             if not any(shard.info for shard in shards):
+                self._clear()
                 raise InputError(
                     f"OUT={self.out}: no image is left for the {split} split; check min-side, val and exclude."
                 )
