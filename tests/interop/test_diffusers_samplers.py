@@ -9,6 +9,7 @@ import torch
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load
 from ldmlab.contracts import Level
+from ldmlab.diffusion.parameterization import Parameterization
 from ldmlab.diffusion.paths import EdmPath
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.inference.sample_settings import SampleSettings
@@ -64,7 +65,46 @@ def test_orders_and_ends_of_a_multistep_solver(
     assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
 
 
+FLOWS: list[tuple[str, dict[str, Any], bool]] = [  # class, options, whether a pipeline hands over 1 .. 1 / steps
+    ("Heun", {"shift": 3.0}, False),
+    ("Heun", {"num_train_timesteps": 100}, False),
+    ("Euler", {"use_dynamic_shifting": True, "shift_terminal": 0.1}, True),
+    ("Euler", {"shift": 3.0, "use_karras_sigmas": True, "invert_sigmas": True}, True),
+    ("Euler", {"shift": 6.0, "use_beta_sigmas": True, "shift_terminal": 0.02}, True),
+]
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+@pytest.mark.parametrize(("kind", "options", "handed"), FLOWS)
+def test_flows_end_where_their_schedulers_end(kind: str, options: dict[str, Any], handed: bool, steps: int) -> None:
+    name = f"FlowMatch{kind}DiscreteScheduler"
+    theirs = getattr(peer, name)(**options)
+    more = {"mu": 1.15} if "use_dynamic_shifting" in options else {}
+    theirs.set_timesteps(steps, **more, **({"sigmas": [1 - i / steps for i in range(steps)]} if handed else {}))
+    config = {**theirs.config, "_class_name": name}
+    node = diffusion_node(config, 1)
+    path, prediction = (instantiate(node[part], where=part) for part in ("schedule", "prediction"))
+    solver = solver_of(path, {"origin": {}, "sampler": sampler_node(config)})
+    path = path.at_size(4096)  # the size whose mu is 1.15
+    grid, form = path.grid(steps, "linspace" if handed else solver.spacing), Parameterization(prediction, path)
+
+    def output(x: torch.Tensor, time: float) -> torch.Tensor:
+        return torch.tanh(x * (0.5 + time / 1000))
+
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        assert level.time is not None
+        return form.clean(x, output(x, level.time), level)
+
+    x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    sampler: Any = SampleSettings(sampler=solver.sampler).build_sampler()
+    found = sampler.along(path)(denoise, x, grid, noise=torch.zeros_like)
+    for time in theirs.timesteps:
+        x = theirs.step(output(x, float(time)), time, x).prev_sample
+    assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
+
+
 @pytest.mark.parametrize(("config", "replaced"), [
+    ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, False),
     ({"_class_name": "DDIMScheduler"}, False),
     ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, False),
     ({"_class_name": "PNDMScheduler"}, True),

@@ -88,7 +88,8 @@ def test_other_steps_of_a_flow_match_path() -> None:
     """One step, other spacings and `with_shift` as on any flow."""
     path = FlowMatchPath(shift=3.0, terminal=0.1)
     assert [level.sigma for level in path.grid(1)] == [1.0, 0.0]
-    assert path.grid(7, "linspace") == LinearPath(shift=3.0).grid(7)
+    assert FlowMatchPath(shift=3.0).grid(7, "linspace") == LinearPath(shift=3.0).grid(7)
+    assert path.grid(7, "linspace")[-2].sigma == pytest.approx(0.1)
     assert path.with_shift(1.0).grid(3) == FlowMatchPath(terminal=0.1).grid(3)
     assert path.grid(4)[-2].sigma == pytest.approx(0.1)
 
@@ -108,6 +109,7 @@ def test_paths_that_are_refused(options: dict[str, Any], why: str) -> None:
 @pytest.mark.parametrize(("config", "why"), [
     ({"_class_name": "ScoreSdeVeScheduler"}, "scheduler ScoreSdeVeScheduler is not supported"),
     ({"_class_name": FLOW, "use_gamma_sigmas": True}, "with use_gamma_sigmas=True is not supported"),
+    ({"_class_name": FLOW, "invert_sigmas": True, "stochastic_sampling": True}, "invert_sigmas with stochastic_samp"),
 ])  # fmt: skip
 def test_schedulers_that_are_refused(config: dict[str, Any], why: str) -> None:
     with pytest.raises(InputError, match=why):

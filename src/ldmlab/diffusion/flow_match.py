@@ -1,4 +1,4 @@
-"""Rectified flow on the steps of diffusers' FlowMatchEulerDiscreteScheduler (SD3, Flux, Mochi, LTX)."""
+"""Rectified flow on the steps of diffusers' FlowMatchEuler- and FlowMatchHeunDiscreteScheduler (SD3, Flux, LTX)."""
 
 import math
 from typing import Self
@@ -19,7 +19,8 @@ class FlowMatchPath(LinearPath):
     """`LinearPath` with a spacing of its own, `flow_match`; times are counted in n = |noise_time - clean_time| levels.
 
     Even positions u from 1 to the lowest level of training, 1 / n after the shift, are shifted: the lowest one twice.
-    With `dynamic` the shift follows from the size of a latent, and the lowest level is 1 / n itself.
+    With `dynamic` the shift follows from the size of a latent, and the lowest level is 1 / n itself. `linspace`: even
+    positions from 1 to 1 / steps instead, as pipelines that hand their sigmas to the scheduler (Flux, LTX).
     """
 
     def __init__(
@@ -57,12 +58,16 @@ class FlowMatchPath(LinearPath):
         return self.with_shift(math.exp(mu) if self.dynamic_type == "exponential" else mu)
 
     def grid(self, steps: int, spacing: str = "auto") -> list[Level]:
-        if spacing not in ("auto", "flow_match") or steps < 1:
+        if spacing not in ("auto", "flow_match", "linspace") or steps < 1:
             return super().grid(steps, spacing)
-        lowest = torch.tensor(1 / abs(self.noise_time - self.clean_time), dtype=torch.float64)
-        if self.dynamic is None:
-            lowest = self.shifted_position(lowest)
-        s = self.shifted_position(torch.linspace(1, float(lowest), steps, dtype=torch.float64))
+        if spacing == "linspace":
+            s = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        else:
+            lowest = torch.tensor(1 / abs(self.noise_time - self.clean_time), dtype=torch.float64)
+            if self.dynamic is None:
+                lowest = self.shifted_position(lowest)
+            s = torch.linspace(1, float(lowest), steps, dtype=torch.float64)
+        s = self.shifted_position(s)
         if self.terminal and steps > 1:
             s = 1 - (1 - s) * (1 - self.terminal) / (1 - s[-1])
         s = self._by_rule(s, torch.linspace(0, 1, steps, dtype=torch.float64))

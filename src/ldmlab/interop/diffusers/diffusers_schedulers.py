@@ -17,7 +17,7 @@ _PREDICTIONS = {"epsilon": "EpsPrediction", "v_prediction": "VPrediction"}
 _HOME = "ldmlab.diffusion."
 _SAME = 1e-6  # float32 of betas below 0.02 is much closer
 _MULTISTEP = "DPMSolverMultistep"
-FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW, _FLOW_HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 EDM, _EDM_MULTISTEP = "EDMEulerScheduler", f"EDM{_MULTISTEP}Scheduler"
 _DISCRETE = (  # whose noise levels are those of betas
     *("DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "LCM", "TCD", "SASolver"),
@@ -35,12 +35,14 @@ def diffusion_node(config: Config, token_values: int = 64) -> dict[str, Any]:
     token_values: of a latent for each of the tokens that `use_dynamic_shifting` counts.
     """
     name = config.get("_class_name", f"{_DISCRETE[0]}Scheduler")
-    if name == FLOW:
-        return _flow_node(config, token_values)
+    if name in (FLOW, _FLOW_HEUN):
+        return _flow_node(config, name, token_values)
     if name in (EDM, _EDM_MULTISTEP):
         return _edm_node(config, name)
     if name.removesuffix("Scheduler") not in _DISCRETE:
-        raise InputError(f"scheduler {name} is not supported; supported: {FLOW}, {EDM} and those of betas.")
+        raise InputError(
+            f"scheduler {name} is not supported; supported: {FLOW}, {_FLOW_HEUN}, {EDM} and those of betas."
+        )
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise InputError(
@@ -63,24 +65,29 @@ def token_values(backbone: Mapping[str, Any]) -> int:
     return int(backbone["in_channels"] * backbone.get("patch_size", 2) ** 2)
 
 
-def _flow_node(config: Config, token_values: int) -> dict[str, Any]:
+def _flow_node(config: Config, name: str, token_values: int) -> dict[str, Any]:
     """Rectified flow on the scheduler's steps; with `invert_sigmas` the times and the velocity run to the data."""
-    options = resolved(config, FLOW, "scheduler")
+    options = resolved(config, name, "scheduler")
     ends = {"clean_time": 0.0, "noise_time": float(config.get("num_train_timesteps", 1000))}
-    inverted = options["invert_sigmas"]
+    inverted = options.get("invert_sigmas")
+    if inverted and options["stochastic_sampling"]:
+        raise InputError(
+            "scheduler invert_sigmas with stochastic_sampling is not supported: diffusers adds its noise at the data's "
+            "end there; set one of them to false."
+        )
     if inverted:
         ends = {"clean_time": ends["noise_time"], "noise_time": 0.0}
     path: dict[str, Any] = {"_target_": f"{_HOME}flow_match.FlowMatchPath", **ends}
-    if options["use_dynamic_shifting"]:
+    if options.get("use_dynamic_shifting"):
         pairs = (("base_image_seq_len", "base_shift"), ("max_image_seq_len", "max_shift"))
         path["dynamic"] = [v for size, mu in pairs for v in (options[size] * token_values, options[mu])]
         path["dynamic_type"] = options["time_shift_type"]
     else:
         path["shift"] = options["shift"]
-    path |= {"terminal": options["shift_terminal"]} if options["shift_terminal"] else {}
-    if rules := [rule for rule in _RULES if options[f"use_{rule}_sigmas"]]:
+    path |= {"terminal": options["shift_terminal"]} if options.get("shift_terminal") else {}
+    if rules := [rule for rule in _RULES if options.get(f"use_{rule}_sigmas")]:
         path["rule"] = rules[0]
-    path |= {"fresh_noise": True} if options["stochastic_sampling"] else {}
+    path |= {"fresh_noise": True} if options.get("stochastic_sampling") else {}
     towards = {"towards": "data" if inverted else "noise"}
     return {
         "_target_": f"{_HOME}latent_diffusion.LatentDiffusion",
@@ -177,6 +184,8 @@ def sampler_node(config: Config) -> dict[str, Any]:
     name = config.get("_class_name")
     if name == FLOW:
         return {"_target_": "ldmlab.samplers._auto.Auto"}
+    if name == _FLOW_HEUN:
+        return {"_target_": "ldmlab.samplers.heun.Heun", "variable": "position"}
     if name in (EDM, _EDM_MULTISTEP):
         return _edm_sampler(resolved(config, name, "scheduler"))
     if name == f"{_MULTISTEP}Scheduler" and (node := _multistep(config)) is not None:
@@ -189,7 +198,7 @@ def is_replaced(config: Config) -> bool:
     name = str(config.get("_class_name", "DDIMScheduler"))
     if name == f"{_MULTISTEP}Scheduler":
         return _multistep(config) is None
-    return name != FLOW and not name.startswith(("DDIM", "EDM"))
+    return name not in (FLOW, _FLOW_HEUN) and not name.startswith(("DDIM", "EDM"))
 
 
 def _ddim(eta: float, spacing: str) -> dict[str, Any]:
