@@ -71,6 +71,26 @@ def test_changed_statistics_are_refused(images: Path, tmp_path: Path) -> None:
         read_manifest(path.parent)
 
 
+@pytest.mark.parametrize("name", ["00001.tar", "manifest.places"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-4])])
+def test_a_finished_encode_that_was_damaged_is_not_taken_as_complete(
+    images: Path, tmp_path: Path, name: str, damage: Callable[[Path], Any]
+) -> None:
+    run(images, tmp_path / "latents")
+    damage(tmp_path / "latents" / "train" / name)
+    with pytest.raises(InputError, match=rf"OUT=.*was complete and is damaged: .*{name}.*; copy .* delete the folder"):
+        run(images, tmp_path / "latents")
+
+
+def test_the_same_size_and_other_bytes_are_found_where_sums_are_checked(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "latents")
+    path = tmp_path / "latents" / "train" / "00000.tar"
+    path.write_bytes(path.read_bytes()[::-1])
+    run(images, tmp_path / "latents")
+    with pytest.raises(InputError, match="another checksum"):
+        run(images, tmp_path / "latents", sha256=True)
+
+
 def test_the_precision_of_the_encoder_is_recorded_where_it_is_another(images: Path, tmp_path: Path) -> None:
     assert "precision" not in (run(images, tmp_path / "latents").latents or {})  # as older ldmlab wrote them
     lower = replace(SETTINGS, precision="bfloat16")

@@ -241,6 +241,9 @@ def test_an_interrupted_pack_keeps_finished_shards(tmp_path: Path) -> None:
     assert [path.stat().st_mtime_ns for path in kept] == times
     assert _tars(tmp_path / "out") == _tars(tmp_path / "straight")
     assert _pack(source, tmp_path / "out").complete_before
+    next((tmp_path / "out" / "train").glob("*.tar")).unlink()
+    with pytest.raises(InputError, match=r"was complete and is damaged: .* is missing"):
+        _pack(source, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/train").iterdir() if path.suffix == ".json") == [
         "manifest.json",
         "plan.json",

@@ -231,8 +231,21 @@ def test_views() -> None:
     files = state_files("007", {"image": states, "text": states[:1]})
     assert sorted(files) == ["image.states.npy", "text.states.npy"]
     for view in (0, 1):
-        assert np.array_equal(decode_states(files, "image", view), states[view])
-        assert np.array_equal(decode_states(files, "text", view), states[0])
+        assert np.array_equal(decode_states(files, "image", view, {}), states[view])
+        assert np.array_equal(decode_states(files, "text", view, {}), states[0])
+
+
+def test_states_of_another_shape_make_a_bad_sample() -> None:
+    shapes = dict[str, tuple[int, ...]]()
+    for length in (2, 2, 3):
+        files = state_files("007", {"text": np.zeros((1, length, 4), np.float32)})
+        if length == 2:
+            assert decode_states(files, "text", 0, shapes).shape == (2, 4)
+        else:
+            with pytest.raises(ValueError, match=r"shape \(3, 4\), and \(2, 4\) in the first sample"):
+                decode_states(files, "text", 0, shapes)
+    with pytest.raises(ValueError, match=r"no \.image\.states\.npy among its files \(text\.states\.npy\)"):
+        decode_states(files, "image", 0, shapes)
 
 
 @pytest.mark.slow

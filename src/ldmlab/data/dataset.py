@@ -144,7 +144,8 @@ class ShardDataset(Dataset[Batch]):
         if spec.moments and (latents := manifest.latents):
             side = latents["image_size"] // latents["downsampling"]
             self._moment_shape = latents["latent_channels"] * (2 if latents["has_logvar"] else 1), side, side
-        self._hash = manifest.hash
+        self._hash, self._remedy = manifest.hash, manifest.remedy
+        self._state_shapes = dict[str, tuple[int, ...]]()  # by conditioner
         self._kept: list[NDArray[np.int64]] | None = None  # per shard the samples that take part; None: all
         if spec.task and (keeps := spec.task.keeps):
             self._kept = self._kept_samples(spec.task, keeps)
@@ -197,7 +198,7 @@ class ShardDataset(Dataset[Batch]):
             if sample := self._tried(position + offset, skipped):
                 return {**sample, "position": position, "skipped": skipped}
         if self.train:
-            raise InputError(f"{self.named}: {TRIES} samples in a row cannot be read ({skipped[-1]}); pack them again.")
+            raise InputError(f"{self.named}: {TRIES} samples in a row cannot be read ({skipped[-1]}); {self._remedy}.")
         return {"skipped": skipped}
 
     def _tried(self, position: int, skipped: list[str]) -> Batch | None:
@@ -223,7 +224,7 @@ class ShardDataset(Dataset[Batch]):
         if self.spec.moments:
             sample["moments"] = decode_moments(files, int(flipped), self._moment_shape)
         for name in self.spec.states:
-            sample[STATES_PREFIX + name] = decode_states(files, name, view=int(flipped))  # (L, D)
+            sample[STATES_PREFIX + name] = decode_states(files, name, int(flipped), self._state_shapes)  # (L, D)
         if self.spec.images:
             sample["image"] = self._image(place, files)  # (3, H, W)
         if self.spec.parts:
@@ -304,7 +305,7 @@ class ShardDataset(Dataset[Batch]):
         for position in range(min(len(self), TRIES)):
             if sample := self._tried(position, skipped):
                 return {**sample, "position": position, "skipped": []}
-        raise InputError(f"{self.named}: none of the first samples can be read ({skipped[-1]}); pack it again.")
+        raise InputError(f"{self.named}: none of the first samples can be read ({skipped[-1]}); {self._remedy}.")
 
     def _kept_samples(self, task: Task, keeps: Callable[[Mapping[str, Any]], bool]) -> list[NDArray[np.int64]]:
         """Per shard the samples whose KEY.json is kept; unreadable ones stay, to be counted as such."""

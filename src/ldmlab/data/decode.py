@@ -71,7 +71,7 @@ def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None
 
     From a .npy of (views, 2C or C, h, w).
     """
-    moments = _stored_view(files["npy"], view, axes=4)
+    moments = _stored_view(files, "npy", view, axes=4)
     if shape is not None and moments.shape != shape:
         raise ValueError(f"moments of shape {moments.shape} instead of {shape}")
     if not np.isfinite(moments).all():
@@ -79,12 +79,17 @@ def decode_moments(files: Files, view: int, shape: tuple[int, ...] | None = None
     return moments.astype(np.float16 if moments.dtype == np.float16 else np.float32)
 
 
-def decode_states(files: Files, name: str, view: int) -> NDArray[Any]:
-    """States of conditioner `name` for one view, or the only one there is, float16 (L, D); of encoders (D, h, w)."""
+def decode_states(files: Files, name: str, view: int, shapes: dict[str, tuple[int, ...]]) -> NDArray[Any]:
+    """States of conditioner `name` for one view, or the only one there is, float16 (L, D); of encoders (D, h, w).
+
+    shapes: by name, those of the first sample, which is noted there.
+    """
     axes = 4 if name.startswith(ENCODER_PREFIX) else 3
-    states = _stored_view(files[states_ending(name)], view, axes, one_serves=True)
+    states = _stored_view(files, states_ending(name), view, axes, one_serves=True)
     if not np.isfinite(states).all():
         raise ValueError(f"states of {maker_of(name)} that are not finite")
+    if states.shape != (first := shapes.setdefault(name, states.shape)):
+        raise ValueError(f"states of {maker_of(name)} of shape {states.shape}, and {first} in the first sample")
     return states.copy()
 
 
@@ -93,8 +98,10 @@ def states_ending(name: str) -> str:
     return f"{name.lower()}.states.npy"
 
 
-def _stored_view(data: bytes, view: int, axes: int, one_serves: bool = False) -> NDArray[Any]:
+def _stored_view(files: Files, ending: str, view: int, axes: int, one_serves: bool = False) -> NDArray[Any]:
     """One entry along the first axis of a .npy with that many axes, as stored; `one_serves`: a single one for all."""
+    if (data := files.get(ending)) is None:
+        raise ValueError(f"no .{ending} among its files ({', '.join(sorted(files))})")
     begin = 10 + int.from_bytes(data[8:10], "little")  # magic, version, length of the header, header
     shape, dtype = _npy_header(data[:begin])
     if len(data) != begin + math.prod(shape) * dtype.itemsize:

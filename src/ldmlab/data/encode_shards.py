@@ -19,7 +19,7 @@ from ldmlab.data.decode import BAD_SAMPLE, decode_image, required_fields
 from ldmlab.data.image_parts import boxes_following
 from ldmlab.data.latent_shards import EncodeStates, FinishedShard, Statistics, npy_bytes, state_files
 from ldmlab.data.loaders import IndexBatches, QuietLoader
-from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_manifest, statistics_digest, write_manifest
+from ldmlab.data.manifest import ENCODE_PLAN, MANIFEST, Manifest, read_complete, statistics_digest, write_manifest
 from ldmlab.data.output_folder import ShardFile, finished_shard, open_plan
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.shards import Folder, ShardLost, ShardReader, check_there, manifest_of
@@ -95,7 +95,7 @@ def encode(
     manifest = _source_manifest(source, settings, sha256, option)
     _begin(out, {"source": manifest.hash, **settings.record()})
     if (out / MANIFEST).exists():
-        return read_manifest(out)
+        return read_complete(out, sha256)
     work = _Work(out, manifest, settings, encode_moments, encode_states, batch_size, f"rank-{rank}")
     with locked(out / FINISHED / f"{work.writer}.lock", f"OUT={out} is being encoded by another process"):
         work.remove_leftovers()
@@ -263,7 +263,7 @@ class _Work:
             if not (self.out / MANIFEST).exists():
                 write_manifest(self.out, self._manifest(done, skipped))
                 self.remove_leftovers()
-        return read_manifest(self.out)
+        return read_complete(self.out)
 
     def _manifest(self, done: list[FinishedShard], skipped: list[str]) -> Manifest:
         statistics, settings = Statistics(), self.settings

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ldmlab import format1
 from ldmlab.argument_types import check_type, check_types
-from ldmlab.data.shard_info import ShardInfo, is_count, is_sha256, places_sha256, write_places
+from ldmlab.data.shard_info import ShardInfo, is_count, is_sha256, places_sha256, read_places, write_places
 from ldmlab.disks import open_regular
 from ldmlab.errors import LARGEST_SIDE, InputError
 from ldmlab.files import write_text
@@ -46,6 +46,11 @@ class Manifest:
     def total(self) -> int:
         """Samples over all shards."""
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def remedy(self) -> str:
+        """What is done about damaged shards of which there is no copy."""
+        return "pack the images again" if self.kind == "images" else "encode the images again into a new folder"
 
     @property
     def hash(self) -> str:
@@ -178,7 +183,23 @@ def check_shards(folder: Path | str, manifest: Manifest, sha256: bool = False) -
     """Every shard is there with the size (and, with `sha256`, the checksum) its manifest records."""
     for shard in manifest.shards:
         if fault := _fault(Path(folder) / shard.name, shard, sha256):
-            raise InputError(f"shard {Path(folder) / shard.name} {fault}; copy or pack it again.")
+            raise InputError(f"shard {Path(folder) / shard.name} {fault}; copy it again, or {manifest.remedy}.")
+
+
+def read_complete(folder: Path, sha256: bool = False) -> Manifest:
+    """The manifest of a folder that an earlier command finished; InputError where it was damaged since."""
+    manifest = read_manifest(folder)
+    try:
+        check_shards(folder, manifest, sha256)
+        if manifest.places_sha256:
+            read_places(folder, manifest.shards, manifest.places_sha256)
+    except InputError as error:
+        reason = str(error).partition(";")[0]
+        raise InputError(
+            f"OUT={folder} was complete and is damaged: {reason}; copy that file again, or delete the folder and run "
+            "the same command again."
+        ) from None
+    return manifest
 
 
 def _fault(path: Path, shard: ShardInfo, sha256: bool) -> str | None:

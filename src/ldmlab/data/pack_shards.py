@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab.data.image_sources import Item, Source, with_fields
-from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, read_manifest, write_manifest
+from ldmlab.data.manifest import MANIFEST, PLAN, Manifest, read_complete, write_manifest
 from ldmlab.data.opt_out import OptOut, with_urls_of_file
 from ldmlab.data.output_folder import BAD, ShardFile, finished_shard, folder_in_use, open_plan
 from ldmlab.data.pack_images import Encoding, Part, encode_part
@@ -159,7 +159,7 @@ class _Pack:
         """Plans, packs what is missing, writes the manifests."""
         finished = [self._open(split, shards) for split, shards in self.shards.items()]
         if all(finished):
-            manifests = {split: read_manifest(self.out / split) for split in self.shards}
+            manifests = {split: read_complete(self.out / split) for split in self.shards}
             return PackResult(manifests, complete_before=True)
         missing = []
         self._count(0, [])

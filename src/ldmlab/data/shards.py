@@ -150,7 +150,7 @@ def check_there(folder: Folder | str, manifest: Manifest, sha256: bool = False) 
     for shard in manifest.shards:
         if (size := sizes.get(shard.name)) != shard.bytes:
             found = "is missing" if size is None else f"has {size} bytes, not the {shard.bytes} of its manifest"
-            raise InputError(f"shard {folder.url(shard.name)} {found}; copy or pack it again.")
+            raise InputError(f"shard {folder.url(shard.name)} {found}; copy it again, or {manifest.remedy}.")
 
 
 def shards_at(text: str, option: str, cache: ShardCache) -> Path | Store:

@@ -196,7 +196,9 @@ def image_set(path: Path, workers: int = 2, max_bad: float = 0.0) -> ImageSet:
     if (path / "manifest.json").exists() or any(path.glob("*.tar")):
         manifest = read_manifest(path)
         side = manifest.image_size
-        if manifest.kind != "images" or side is None:
+        if manifest.kind != "images":
+            raise InputError(f"{path} holds {manifest.kind}, not images; give the images that they were encoded from.")
+        if side is None:
             raise InputError(f"{path} holds no square images of one size; write such shards with `ldmlab pack --size`.")
         check_transform(path, manifest)
         return made("shards", manifest.total, (side, side), manifest_hash=manifest.hash)
