@@ -10,7 +10,7 @@ from torch import Tensor
 from ldmlab.contracts import Level
 from ldmlab.diffusion.flow_match import FlowMatchPath
 from ldmlab.diffusion.parameterization import Parameterization
-from ldmlab.diffusion.paths import LinearPath
+from ldmlab.diffusion.paths import EdmPath, LinearPath
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import sampler_by_name
 from ldmlab.instantiate import instantiate
@@ -92,6 +92,16 @@ def test_other_steps_of_a_flow_match_path() -> None:
     assert path.grid(7, "linspace")[-2].sigma == pytest.approx(0.1)
     assert path.with_shift(1.0).grid(3) == FlowMatchPath(terminal=0.1).grid(3)
     assert path.grid(4)[-2].sigma == pytest.approx(0.1)
+
+
+def test_one_step_to_a_noisy_end() -> None:
+    """EDMDPMSolverMultistepScheduler's levels: from sigma_max to sigma_min, where more steps have their last one."""
+    path = EdmPath(0.01, 80.0, noisy_end=True)
+    for steps in (1, 2, 5):
+        levels = path.grid(steps, "karras")
+        assert (levels[0].sigma, levels[-1].sigma) == pytest.approx((80.0, 0.01))
+        assert len(levels) == steps + 1
+        assert levels[-1].time is None
 
 
 @pytest.mark.parametrize(("options", "why"), [

@@ -248,7 +248,10 @@ class EdmPath(ContinuousPath):
         levels = super().grid(steps, spacing)
         if self.wide_start:
             levels[0] = levels[0]._replace(spread=math.hypot(levels[0].sigma, 1))
-        return [*levels[:-1], levels[-2]._replace(time=None)] if self.noisy_end else levels
+        if not self.noisy_end:
+            return levels
+        end = levels[-2] if steps > 1 else self.level(self.clean_time)
+        return [*levels[:-1], end._replace(time=None)]
 
     def time_of(self, ratio: Tensor) -> Tensor:
         """As the others, but beyond both ends too: training draws any sigma."""
