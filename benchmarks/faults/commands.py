@@ -124,6 +124,8 @@ def _watch(beside: Beside, pids: list[int]) -> int:
 def _fork(argv: list[str], folder: Path, limits: Limits, place: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
+    for end in ("out", "err"):
+        Path(f"{place}.{end}").touch()  # a kill may come before the process has opened them
     pid = os.fork()
     if pid:
         return pid
