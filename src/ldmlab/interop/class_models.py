@@ -50,12 +50,8 @@ def _one_hot(config: Node) -> dict[str, Any]:
     return node if config["label_dim"] else {}
 
 
-def _edm2_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
-    return edm2.backbone_node(config), _one_hot(config), {"network": edm2.network_part(config)}
-
-
-def _edm_parts(config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
-    return edm.backbone_node(config), _one_hot(config), {"network": edm.network_part(config)}
+def _unet(program: Any, config: Node) -> tuple[dict[str, Any], dict[str, Any], dict[str, Part]]:
+    return program.backbone_node(config), _one_hot(config), {"network": program.network_part(config)}
 
 
 def _dit_diffusion(config: Node) -> dict[str, Any]:
@@ -87,13 +83,8 @@ def _edm2_diffusion(config: Node) -> dict[str, Any]:
     }
 
 
-def _edm2_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    model, classes = edm2.as_official(config, state), config["label_dim"]
-    return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes))
-
-
-def _edm_output(config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    model, classes = edm.as_official(config, state), config["label_dim"]
+def _unet_output(program: Any, config: Node, state: State) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    model, classes = program.as_official(config, state), config["label_dim"]
     return lambda x, t, y: model.raw(x, t, nn.functional.one_hot(y, classes) if classes else None)
 
 
@@ -110,8 +101,10 @@ PROGRAMS = {
     "sit": Program(dit.transformer_config, partial(_transformer, sit.options), _TO_DATA, _SD, sit.as_official),
     "repa": Program(dit.repa_config, *_REPA),
     "lightningdit": Program(dit.lightningdit_config, *_LIGHTNING),
-    "edm": Program(edm.config_of, _edm_parts, edm.diffusion_nodes, _PIXELS, _edm_output),
-    "edm2": Program(edm2.config_of, _edm2_parts, _edm2_diffusion, _EDM2, _edm2_output, edm2.HEAD),
+    "edm": Program(edm.config_of, partial(_unet, edm), edm.diffusion_nodes, _PIXELS, partial(_unet_output, edm)),
+    "edm2": Program(
+        edm2.config_of, partial(_unet, edm2), _edm2_diffusion, _EDM2, partial(_unet_output, edm2), edm2.HEAD
+    ),
 }
 
 

@@ -26,9 +26,9 @@ _DEVIATION = (0.458, 0.448, 0.450)
 class LPIPS(nn.Module):
     """Perceptual distance of images; its weights are constants: never trained, never in a state dict."""
 
-    def __init__(self, vgg_weights: Path | None, head_weights: Path | None = None) -> None:
-        """`vgg_weights`: torchvision's VGG16, None: zeros, to estimate a cost; `head_weights`: the published channel
-        weights (torchmetrics has them)."""
+    def __init__(self, vgg_weights: Path | None) -> None:
+        """`vgg_weights`: torchvision's VGG16, None: zeros, to estimate a cost; the weights of channels are those that
+        torchmetrics has."""
         super().__init__()
         self._constant("mean", torch.tensor(_MEAN)[:, None, None])
         self._constant("deviation", torch.tensor(_DEVIATION)[:, None, None])
@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
         assert package is not None
         assert package.origin is not None
         published = Path(package.origin).parent / "functional/image/lpips_models/vgg.pth"
-        vgg, heads = _zeros() if vgg_weights is None else _read(vgg_weights), _read(head_weights or published)
+        vgg, heads = _zeros() if vgg_weights is None else _read(vgg_weights), _read(published)
         for number, group in enumerate(_GROUPS):
             for index in group:
                 for part in ("weight", "bias"):

@@ -84,7 +84,6 @@ def _classes(model: LoadedModel) -> dict[str, Any]:
 
 
 SETTINGS = ("steps", "guidance_scale", "sampler", "seed", "size", "strength")
-PICTURES = ("low_resolution", "reference", "init_image", "image", "mask")
 _TEXTS = ("caption", "negative_prompt")
 _PIXELS = 1 << 24  # of an uploaded image
 _BOXES = 1000

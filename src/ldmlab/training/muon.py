@@ -52,7 +52,7 @@ class MuonAdamW(AdamW):
             raise InputError(f"optimizer.matrix_learning_rate={rate} must be a number above 0, or null.")
         if not 0 <= self.momentum < 1:
             raise InputError(f"optimizer.momentum={self.momentum} must be a number in [0, 1).")
-        if not isinstance(steps, int) or not 1 <= steps < 100:
+        if not 1 <= steps < 100:
             raise InputError(f"optimizer.ns_steps={steps} must be a whole number from 1 to 99.")
         one_of("optimizer.adjust_lr_fn", self.adjust_lr_fn, _SCALES)
 

@@ -31,12 +31,11 @@ class AdamW:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon"):
-            if not _number(getattr(self, name)) or not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"optimizer.{name}={getattr(self, name)} must be a number above 0.")
-        if not _number(self.weight_decay) or not 0 <= self.weight_decay < math.inf:
+        if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"optimizer.weight_decay={self.weight_decay} must be a number of 0 or more.")
-        betas = self.betas if isinstance(self.betas, list | tuple) else ()
-        if len(betas) != 2 or not all(_number(beta) and 0 <= beta < 1 for beta in betas):
+        if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optimizer.betas={self.betas} must be two numbers in [0, 1), such as [0.9,0.999].")
         if self.lr_scaling not in ("none", "official"):
             raise InputError(f"optimizer.lr_scaling={self.lr_scaling} is unknown; choose none or official.")
@@ -63,10 +62,6 @@ class AdamW:
         return f"AdamW, learning rate {self.rate:g} ({rule})"
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 class _Schedule:
     """A linear rise, then a curve of its own: step => factor of the rate for the update after `step` updates."""
 
@@ -75,10 +70,9 @@ class _Schedule:
     final: float = 0.0
 
     def __post_init__(self) -> None:
-        steps, final = self.warmup_steps, self.final
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
-            raise InputError(f"lr_schedule.warmup_steps={steps} must be a whole number of 0 or more.")
-        if not _number(final) or not 0 <= final < math.inf:
+        if self.warmup_steps < 0:
+            raise InputError(f"lr_schedule.warmup_steps={self.warmup_steps} must be a whole number of 0 or more.")
+        if not 0 <= (final := self.final) < math.inf:
             raise InputError(f"lr_schedule.final={final} must be a number of 0 or more, a factor of the learning rate.")
 
     def __call__(self, step: int) -> float:

@@ -72,29 +72,17 @@ class TrainerSettings:
         if self.fast_dev_run:
             self.max_steps = self.validate_every = int(self.fast_dev_run)
             self.lightning = {"limit_val_batches": self.max_steps, **self.lightning}
-        for name in (
-            "max_steps",
-            "micro_batch",
-            "accumulate",
-            "log_every",
-            "validate_every",
-            "checkpoint_every",
-            "keep",
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise InputError(f"trainer.{name}={value} must be a whole number of at least 1.")
-            if value < 1:
+        counts = ("max_steps", "micro_batch", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep")
+        for name in counts:
+            if (value := getattr(self, name)) < 1:
                 raise InputError(f"trainer.{name}={value} must be at least 1.")
         for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if isinstance(value, str) and value not in choices:
+            if isinstance(value := getattr(self, name), str) and value not in choices:
                 raise InputError(f"trainer.{name}={value} is unknown; choose {' or '.join(choices)}.")
         if self.skip_nonfinite < 0:
             raise InputError(f"trainer.skip_nonfinite={self.skip_nonfinite} must be 0 or more steps.")
         for name in ("gradient_clip", "gradient_alarm", "timeout_minutes", "checkpoint_every_minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise InputError(f"trainer.{name}={value} must be above 0, or null for none.")
         if self.global_batch is not None:
             self._accumulate(self.global_batch)
@@ -140,7 +128,7 @@ class TrainerSettings:
 
     def _accumulate(self, images: int) -> None:
         """As many micro-batches as global_batch needs; InputError where accumulate says otherwise."""
-        if isinstance(images, bool) or images < 1:
+        if images < 1:
             raise InputError(f"trainer.global_batch={images} must be a whole number of at least 1, or null.")
         needed, given = accumulated(images, self.micro_batch, distributed.world_size()), self.accumulate
         if given not in (1, needed):

@@ -104,14 +104,8 @@ def is_table(key: str) -> bool:
 
 _UNET = OPTIONS["compvis"]["unet"]
 _UNET_OURS, _UNET_DEFAULTS, _UNET_ONLY = (_UNET[name] for name in ("ours", "defaults", "only"))
-_UNET_KNOWN = {
-    *_UNET_OURS,
-    *_UNET_ONLY,
-    *_UNET["without_effect"],
-    "num_heads_upsample",
-    "use_spatial_transformer",
-    "num_classes",
-}
+_UNET_KNOWN = {*_UNET_OURS, *_UNET_ONLY, *_UNET["without_effect"]}
+_UNET_KNOWN |= {"num_heads_upsample", "use_spatial_transformer", "num_classes"}
 
 
 def unet_arguments(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,14 +184,7 @@ RESOLUTION = 256  # of the official files: the image size at which `attn_resolut
 _CLASSES = {"AutoencoderKL": "kl.KLAutoencoder", "VQModel": "vq.VQModel", "VQModelInterface": "vq.VQModel"}
 _STAGE = OPTIONS["compvis"]["first_stage"]
 _STAGE_OURS, _STAGE_ONLY = _STAGE["ours"], _STAGE["only"]
-_STAGE_KNOWN = {
-    *_STAGE_OURS,
-    *_STAGE_ONLY,
-    "attn_resolutions",
-    "resolution",
-    "attn_type",
-    "double_z",
-}
+_STAGE_KNOWN = {*_STAGE_OURS, *_STAGE_ONLY, "attn_resolutions", "resolution", "attn_type", "double_z"}
 
 
 def first_stage_arguments(target: str, params: Mapping[str, Any]) -> dict[str, Any]:

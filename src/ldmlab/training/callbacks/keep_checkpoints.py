@@ -49,12 +49,8 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
             try:
                 torch.save(state, box := io.BytesIO())
                 torch.load(io.BytesIO(box.getvalue()), weights_only=True)
-            except (
-                pickle.PickleError,
-                AttributeError,
-                TypeError,
-            ) as error:  # no checkpoint of the run could be read again
-                raise InputError(
+            except (pickle.PickleError, AttributeError, TypeError) as error:
+                raise InputError(  # no checkpoint of the run could be read again
                     f"callbacks: the state of {name.partition('{')[0]} holds more than tensors and plain types, which "
                     "a checkpoint may not; change its state_dict()."
                 ) from error
