@@ -5,6 +5,7 @@ power cut leaves half of one.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -110,6 +111,11 @@ def read_json(path: Path) -> Any:
         return value
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def file_sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encodable(text: str) -> str:

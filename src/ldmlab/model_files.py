@@ -21,7 +21,7 @@ from ldmlab import format1, plugins
 from ldmlab.averaging import checked_length, reconstruct
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
 from ldmlab.errors import InputError, shown
-from ldmlab.files import by_step, write_text
+from ldmlab.files import by_step, file_sha256, write_text
 from ldmlab.sharded import STATE, laid_out
 
 FORMAT_VERSION = 2
@@ -234,7 +234,7 @@ def write_description(folder: Path, spec: Mapping[str, Any]) -> None:
     content = {**spec, "format_version": FORMAT_VERSION}
     if packages := plugins.versions(plugins.named_in(spec)):
         content["plugins"] = packages
-    content["sha256"] = {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+    content["sha256"] = {file.name: file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
     content["fingerprint"] = _fingerprint(yaml.safe_load(yaml.safe_dump(content, sort_keys=False)))
     write_text(folder / DESCRIPTION, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
@@ -256,17 +256,12 @@ def check_hashes(folder: Path, spec: Mapping[str, Any]) -> None:
         file = folder / Path(str(name)).name
         if not file.is_file():
             raise InputError(f"{file} is missing although {DESCRIPTION} lists it; copy or export it again.")
-        if sha256(file) != expected:
+        if file_sha256(file) != expected:
             load_tensors(file)  # a torn file, a pointer or a web page is named as such
             raise InputError(
                 f"{file} has another SHA-256 than {DESCRIPTION} lists, so it was damaged or exchanged; "
                 "copy or export it again."
             )
-
-
-def sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def named(path: Path) -> Path:

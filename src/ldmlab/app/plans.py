@@ -53,12 +53,7 @@ def autoencoder(config: Config, data: ShardData, options: dict[str, Any]) -> Pla
     lpips: dict[str, Any] = {"lpips": LPIPS(weights_path("lpips"))} if config["loss"].get("lpips_weight") else {}
     loss = instantiate(config["loss"], where="loss", **lpips, **alignment)
     check_smallest(loss, data.image_size)
-    stage = AutoencoderStage(
-        first_stage=first_stage,
-        loss=loss,
-        background=data.object_background,
-        **options,
-    )
+    stage = AutoencoderStage(first_stage=first_stage, loss=loss, background=data.object_background, **options)
     spec = {"kind": "first_stage", "image_size": data.image_size, "first_stage": node}
     hashes = {"encoder": alignment["alignment"].encoder.weights_hash} if alignment else {}
     return Plan(stage, spec, "images", hashes=hashes)

@@ -58,11 +58,8 @@ def _direction(name: str, stage: Stage) -> str:
 
 def _cost(curves: Mapping[str, Points], stage: Stage) -> str:
     """Steps, images, the time that the steps took by the logged speed, and memory."""
-    parts, speed = (
-        [f"{stage.step:,} steps, {stage.position:,} images"],
-        dict(curves.get("speed/images_per_second", ())),
-    )
-    before, seconds = 0.0, 0.0
+    parts = [f"{stage.step:,} steps, {stage.position:,} images"]
+    speed, before, seconds = dict(curves.get("speed/images_per_second", ())), 0.0, 0.0
     for step, images in curves.get("images", ()):
         if speed.get(step):
             seconds += (images - before) / speed[step]

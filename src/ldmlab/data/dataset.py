@@ -255,10 +255,7 @@ class ShardDataset(Dataset[Batch]):
         """
         total = (self.reader.store and self.counts[0]) or len(self)  # of a store the first shard: others are far away
         count = min(total, TRIES)
-        readable, lacks = (
-            0,
-            {kind: dict[str, str]() for kind in ("fields", "listed", "parts")},
-        )  # kind => sample => what
+        readable, lacks = 0, {kind: dict[str, str]() for kind in ("fields", "listed", "parts")}  # kind, sample => what
         for position in (number * total // count for number in range(count)):
             place = self._place(position)
             label = self.reader.label(place.shard, place.sample)

@@ -52,7 +52,6 @@ class Statistics:
         self.add(Statistics(1, mean[:, 0].size, mean.sum(axes).tolist(), square.sum(axes).tolist()))
 
     def add(self, other: "Statistics") -> None:
-        """The statistics of both."""
         if not self.values:
             self.first, self.second = [0.0] * len(other.first), [0.0] * len(other.second)
         if other.values:

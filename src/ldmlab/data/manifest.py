@@ -12,7 +12,7 @@ from ldmlab.argument_types import check_type, check_types
 from ldmlab.data.shard_info import ShardInfo, is_count, is_sha256, places_sha256, read_places, write_places
 from ldmlab.disks import open_regular
 from ldmlab.errors import LARGEST_SIDE, InputError
-from ldmlab.files import write_text
+from ldmlab.files import file_sha256, write_text
 
 FORMAT_VERSION = 3  # 1: without checksums of samples; 2: places of samples in the JSON
 MANIFEST = "manifest.json"
@@ -215,8 +215,3 @@ def _fault(path: Path, shard: ShardInfo, sha256: bool) -> str | None:
     if sha256 and file_sha256(path) != shard.sha256:
         return "has another checksum than its manifest records"
     return None
-
-
-def file_sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from ldmlab.data.image_sources import Item
-from ldmlab.data.manifest import file_sha256
 from ldmlab.data.splits import NEAR_BITS, Hashes, perceptual_hash
 from ldmlab.disks import open_regular
 from ldmlab.errors import InputError, shown

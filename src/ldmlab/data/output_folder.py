@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import google_crc32c
 
-from ldmlab.data.manifest import MANIFEST, PLAN, file_sha256
+from ldmlab.data.manifest import MANIFEST, PLAN
 from ldmlab.data.shard_cache import shards_folder
 from ldmlab.data.shard_info import ShardInfo
 from ldmlab.data.tars import END_MARKER
 from ldmlab.data.transfers import files_at, is_address, key_of, upload
 from ldmlab.disks import disk_errors, locked
 from ldmlab.errors import InputError
-from ldmlab.files import read_json, write_json
+from ldmlab.files import file_sha256, read_json, write_json
 
 T = TypeVar("T")
 BAD = "bad.json"  # next to a manifest: samples or images that cannot be used, with the reasons

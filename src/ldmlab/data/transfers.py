@@ -12,9 +12,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ldmlab.data.manifest import file_sha256
 from ldmlab.disks import FULL
 from ldmlab.errors import InputError
+from ldmlab.files import file_sha256
 
 T = TypeVar("T")
 TRIES = 6

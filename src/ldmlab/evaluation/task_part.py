@@ -151,11 +151,7 @@ class TaskPart:
 def plain(found: Accuracy) -> dict[str, Any]:
     """For metrics.json."""
     training = None if found.training_captions is None else plain(found.training_captions)
-    return asdict(found) | {
-        "of_real": found.of_real,
-        "times_chance": found.times_chance,
-        "training_captions": training,
-    }
+    return asdict(found) | {"of_real": found.of_real, "times_chance": found.times_chance, "training_captions": training}
 
 
 def request_image(request: Mapping[str, Any], size: int) -> Tensor | None:

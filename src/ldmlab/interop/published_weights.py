@@ -15,8 +15,7 @@ from pathlib import Path
 import yaml
 
 from ldmlab.errors import InputError
-from ldmlab.files import weights_folder, write_atomically
-from ldmlab.model_files import sha256
+from ldmlab.files import file_sha256, weights_folder, write_atomically
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: unknown)
 _CHUNK_BYTES = 1 << 20
@@ -58,7 +57,7 @@ def fetch(name: str, *, url: str | None = None, advance: Advance = lambda done, 
     """Download, check and put in place; a complete existing file is kept. `url` names a mirror."""
     weights = entry_of(name)
     path = weights_folder() / weights.file
-    if path.is_file() and sha256(path).startswith(weights.sha256):
+    if path.is_file() and file_sha256(path).startswith(weights.sha256):
         return path
     source = url or weights.url
     write_atomically(path, lambda temporary: _download(source, temporary, weights.sha256, advance))

@@ -9,14 +9,7 @@ from ldmlab.report.metrics_json import reading, title
 from ldmlab.report.page_content import DASH, Block, Card, Charts, Gallery, Page, Row, Section, Table, Text
 from ldmlab.report.paper_table import paper_report
 from ldmlab.report.score_curves import over_scales, run_charts
-from ldmlab.report.score_lines import (
-    ScoreLine,
-    control_text,
-    features_text,
-    number_text,
-    score_line,
-    warnings_of,
-)
+from ldmlab.report.score_lines import ScoreLine, control_text, features_text, number_text, score_line, warnings_of
 
 _FIRST_CHARTS = 6  # of a run; the others are folded away
 _GROUPS = (  # of pairs with training images; older records have only `pairs`

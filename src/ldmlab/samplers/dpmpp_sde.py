@@ -6,15 +6,7 @@ from torch import Tensor
 
 from ldmlab.contracts import Level
 from ldmlab.errors import InputError
-from ldmlab.samplers._stepwise import (
-    Step,
-    Stepwise,
-    ancestral,
-    checked_eta,
-    checked_temperature,
-    first_order,
-    middle,
-)
+from ldmlab.samplers._stepwise import Step, Stepwise, ancestral, checked_eta, checked_temperature, first_order, middle
 
 
 class DpmppSde(Stepwise):

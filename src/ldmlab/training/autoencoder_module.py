@@ -228,13 +228,11 @@ class AutoencoderStage(Stage):
             average.copy_(torch.where(restarted[name].reshape(-1, *[1] * (live.ndim - 1)), live, average))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the codebook's open window."""
         super().on_save_checkpoint(checkpoint)
         if self.codebook is not None:
             checkpoint["codebook"] = self.codebook.state()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
         super().restore(state)
         if self.codebook is None:
             return
@@ -254,7 +252,6 @@ class AutoencoderStage(Stage):
         self._measures = (measures, LatentStatistics(self.first_stage.latent_channels).to(self.device))  # no submodules
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds the batch's reconstructions."""
         if not len(batch["position"]):
             return
         posterior = self.first_stage.encode(self._images_of(batch))

@@ -35,7 +35,6 @@ class Checkpoints:
         self.folder, self.keep = folder, keep
 
     def path(self, step: int) -> Path:
-        """`step_<step>.ckpt`."""
         return self.folder / f"step_{step:08d}.ckpt"
 
     def best_path(self, note: Mapping[str, Any]) -> Path:
@@ -49,7 +48,6 @@ class Checkpoints:
             remove(old)
 
     def best(self) -> Path | None:
-        """The best checkpoint so far, if there is one."""
         return max(self.folder.glob(_BEST), default=None)
 
     def by_age(self) -> list[Path]:
@@ -57,7 +55,6 @@ class Checkpoints:
         return by_step(self.folder, ".ckpt")
 
     def last(self) -> Path | None:
-        """The checkpoint of the last step, if there is one."""
         return next(iter(self.by_age()[-1:]), None)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:

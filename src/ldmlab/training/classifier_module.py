@@ -45,7 +45,6 @@ class ClassifierStage(Stage):
         self.val_draws, self.noise_bins = val_draws, noise_bins
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Only the classifier."""
         return {"classifier": list(self.classifier.parameters())}
 
     def saved(self) -> dict[str, nn.Module]:
@@ -53,7 +52,6 @@ class ClassifierStage(Stage):
         return {"classifier": self.classifier}
 
     def networks(self) -> list[tuple[nn.Module, tuple[str, ...]]]:
-        """The classifier."""
         return [(self.classifier, ())]
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:

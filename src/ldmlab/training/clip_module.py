@@ -57,7 +57,6 @@ class ClipStage(Stage):
         return {"clip": self.clip}
 
     def tokenizers(self) -> dict[str, Any]:
-        """Of the text tower."""
         return {"clip": ClipTokens(self.open_clip.tokenizer)}
 
     def losses(self, group: str, batch: Batch) -> Losses:
@@ -66,9 +65,8 @@ class ClipStage(Stage):
             self.clip.logit_scale.clamp_(0, _LARGEST_SCALE)  # type: ignore[operator]
         image, text = self._features(batch)
         scale = self.clip.logit_scale.exp()  # type: ignore[operator]
-        loss = ClipLoss(
-            True, True, rank=distributed.rank(), world_size=distributed.world_size()
-        )  # local, with gradients
+        ranks = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+        loss = ClipLoss(local_loss=True, gather_with_grad=True, **ranks)
         with torch.autocast(self.device.type, enabled=False):
             total = loss(image, text, scale)
         return Losses(total, {"loss": total, "logit_scale": scale})
@@ -83,11 +81,9 @@ class ClipStage(Stage):
         return image.float(), text.float()
 
     def on_validation_epoch_start(self) -> None:
-        """No pairs yet."""
         self._pairs: list[tuple[str, str, Tensor, Tensor]] = []  # key, caption, features of image and text
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Features of the batch's pairs."""
         if not len(batch["position"]):
             return
         image, text = (f.cpu() for f in self._features(batch))

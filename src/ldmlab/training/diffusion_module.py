@@ -123,7 +123,6 @@ class DiffusionStage(Stage):
             taken()
 
     def tokenizers(self) -> dict[str, Any]:
-        """Of the text conditioners."""
         named = self.diffusion.conditioners.items()
         return {name: c.tokenizer for name, c in named if hasattr(c, "cut") and hasattr(c, "tokenizer")}
 
@@ -133,7 +132,6 @@ class DiffusionStage(Stage):
         return sum(c.seen for c in counting), sum(c.cut for c in counting)
 
     def on_validation_epoch_start(self) -> None:
-        """An empty sum."""
         self._total, self._count = torch.zeros((), dtype=torch.float64, device=self.device), 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -144,7 +142,6 @@ class DiffusionStage(Stage):
             self._count += counted * len(batch["position"])
 
     def validation_metrics(self) -> dict[str, float]:
-        """The mean loss."""
         return self.mean_over_processes({"loss": self._total}, self._count)
 
     def panels(self, batches: Iterable[Batch]) -> dict[str, Tensor]:

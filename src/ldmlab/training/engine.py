@@ -35,10 +35,7 @@ _EXPECTED_WARNINGS = (
     ".*returned a view tensor.*",  # of a conditioner, which nothing changes in place
     ".*callbacks used to create the checkpoint.*",  # a changed callback is reported by the comparison
 )
-_DECIDING = (
-    *("GradientAccumulationScheduler", "BatchSizeFinder", "LearningRateFinder"),
-    "StochasticWeightAveraging",
-)
+_DECIDING = {"GradientAccumulationScheduler", "BatchSizeFinder", "LearningRateFinder", "StochasticWeightAveraging"}
 
 
 class Launched(ClusterEnvironment):
@@ -157,7 +154,7 @@ def checked(group: str, parts: Sequence[tuple[str, Any]]) -> list[Any]:
             raise InputError(
                 f"{where}: {name} has no {missing[0]}(); derive it from {base} (docs/extending.md, section 4)."
             )
-        if {kind.__name__ for kind in type(part).__mro__} & set(_DECIDING):
+        if {kind.__name__ for kind in type(part).__mro__} & _DECIDING:
             raise InputError(
                 f"{where}: {name} changes how Lightning steps the optimizer, which the stage does itself; remove it, "
                 "and set trainer.accumulate, trainer.micro_batch or optimizer.learning_rate."

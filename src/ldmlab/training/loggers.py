@@ -37,7 +37,6 @@ class RunFiles(Logger):
 
     @property
     def save_dir(self) -> str:
-        """The run folder."""
         return str(self._path.parent)
 
     def _read(self) -> tuple[list[str], list[dict[str, str]]]:

@@ -46,7 +46,6 @@ class AdamW:
         return self.learning_rate * (self.global_batch if self.lr_scaling == "official" else 1)
 
     def __call__(self, parameters: list[nn.Parameter]) -> Optimizer:
-        """The optimizer of one group."""
         decayed = [p for p in parameters if self.decay_vectors or p.ndim > 1]
         plain = [p for p in parameters if not (self.decay_vectors or p.ndim > 1)]
         groups = [{"params": decayed, "weight_decay": self.weight_decay}]

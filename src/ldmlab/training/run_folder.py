@@ -101,7 +101,6 @@ class RunFolder:
         self._lock = _lock(self.path)
 
     def close(self) -> None:
-        """Release the folder."""
         if self._lock is not None:
             self._lock.release(remove=self._lock_is_new and not self._began)
             self._lock = None

@@ -264,7 +264,6 @@ class StepProgress(pl.Callback):
             self._bar.add_task(pl_module.kind, total=pl_module.max_steps, completed=pl_module.step, rest="")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        """A step may be done."""
         if not pl_module.step_complete:
             return
         now, step, last = time.monotonic(), pl_module.step, pl_module.max_steps

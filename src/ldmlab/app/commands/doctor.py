@@ -131,16 +131,15 @@ def disks() -> Iterator[Finding]:
 
 def weights() -> Iterator[Finding]:
     """Published files, whether they are here and whole, their licences and uses."""
-    from ldmlab.files import weights_folder
+    from ldmlab.files import file_sha256, weights_folder
     from ldmlab.interop.published_weights import WEIGHTS
-    from ldmlab.model_files import sha256
 
     for name, entry in WEIGHTS.items():
         path, wrong = weights_folder() / entry.file, ""
         state = f"no: `ldmlab fetch {name}` ({entry.mib} MiB)"
         if path.is_file():
             state = "yes"
-            if not sha256(path).startswith(entry.sha256):
+            if not file_sha256(path).startswith(entry.sha256):
                 state, wrong = "damaged", f"{path} is damaged; delete it and run `ldmlab fetch {name}`."
         yield Finding(name, f"{state}; {entry.licence}; {entry.used_for}", wrong)
     clips = sorted(path.name for path in (weights_folder() / "clip").glob("*") if path.is_file())

@@ -131,19 +131,14 @@ def table(found: dict[str, Any], args: argparse.Namespace) -> str:
     card = f"{args.card if args.memory_gib is None else 'a card'} ({found['card_gib']:g} GiB)"
     peak, micro = found["peak_gib"], found["micro_batch"]
     share = f"{peak:.1f} GiB, {peak / found['card_gib']:.0%} of {card}"
+    fits = "none fits: recompute activations (backbone.gradient_checkpointing), or take a larger card"
     if micro:
-        fits = (
-            f"{micro} x accumulate {found['accumulate']} x {found['devices']} GPU(s) = {found['global_batch']} images"
-        )
-        size = f"micro_batch      {fits}"
-    else:
-        size = (
-            "micro_batch      none fits: recompute activations (backbone.gradient_checkpointing), or take a larger card"
-        )
+        batch = f"{found['devices']} GPU(s) = {found['global_batch']} images"
+        fits = f"{micro} x accumulate {found['accumulate']} x {batch}"
     lines = [
         *(f"{count / 1e6:>10,.1f} M  parameters of the {name}" for name, count in found["parameters"].items()),
         "",
-        size,
+        f"micro_batch      {fits}",
         f"peak memory      {share}, of it",
         *(f"{gib:>10.2f} GiB  {kind}" for kind, gib in sorted(found["memory_gib"].items(), key=lambda item: -item[1])),
         f"as configured    micro_batch {found['configured_micro_batch']}: {found['configured_peak_gib']:.1f} GiB",

@@ -14,16 +14,7 @@ from ldmlab.checkpoints import without_weights
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import named_class, resolved
-from ldmlab.interop.renaming import (
-    OfficialModule,
-    Part,
-    State,
-    StateDict,
-    fill_parts,
-    names_of,
-    renamed,
-    unfilled,
-)
+from ldmlab.interop.renaming import OfficialModule, Part, State, StateDict, fill_parts, names_of, renamed, unfilled
 from ldmlab.nn.blocks import timestep_embedding
 from ldmlab.nn.positions import sine_cosine
 
@@ -173,10 +164,8 @@ def configuration(node: Config, sample_size: int, rows: Tensor | None) -> tuple[
     return kind, config | {
         **{"joint_attention_dim": node["context_width"], "pooled_projection_dim": pooled},
         **{"caption_projection_dim": node["width"], "qk_norm": "rms_norm" if node.get("qk_norm", True) else None},
-        **{
-            "dual_attention_layers": tuple(node.get("dual_attention", ())),
-            "pos_embed_max_size": node.get("position_grid", 192),
-        },
+        "dual_attention_layers": tuple(node.get("dual_attention", ())),
+        "pos_embed_max_size": node.get("position_grid", 192),
         "sample_size": node.get("position_base", 64) * config["patch_size"],
     }
 

@@ -37,7 +37,6 @@ class Averaging(pl.Callback):
             pl_module.average.load_state_dict(waiting[name])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        """One update a step."""
         if pl_module.step_complete and pl_module.average is not None:
             pl_module.average.update()
 
@@ -107,5 +106,4 @@ class PowerAverages(pl.Callback):
                     write_snapshot(run, step, length, pl_module.averaged, average.weights(), distributed.rank() == 0)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """By length."""
         checkpoint["power_averages"] = {length: average.state_dict() for length, average in self.averages.items()}

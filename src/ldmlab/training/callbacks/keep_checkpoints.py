@@ -38,7 +38,6 @@ class KeepCheckpoints(pl.callbacks.Checkpoint):
         self.by_validation = not any(getattr(callback, "chooses_best", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """The best so far."""
         self.notes = checkpoint["notes"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:

@@ -90,7 +90,6 @@ class Throughput(pl.Callback):
         self._last = (0, 0.0)  # step and seconds of waiting, at the last row
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
         self._start = time.perf_counter()
         self._mark(trainer, pl_module)
         self._last = (pl_module.step, self._marks[-1][2])
@@ -99,11 +98,9 @@ class Throughput(pl.Callback):
         self._marks.append((time.perf_counter(), pl_module.position, getattr(trainer.datamodule, "waited", 0.0)))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
-        """The batch is here."""
         self._forward.start(pl_module.device)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
-        """The loss is here."""
         self._forward.stop()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
