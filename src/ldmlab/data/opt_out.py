@@ -18,6 +18,7 @@ from ldmlab.data.image_sources import Item
 from ldmlab.data.splits import NEAR_BITS, Hashes, perceptual_hash
 from ldmlab.disks import open_regular
 from ldmlab.errors import InputError, shown
+from ldmlab.files import file_sha256
 
 WAYS = ("url", "sha256", "perceptual hash")
 _URL = re.compile(r"\w[\w+.-]*://")
