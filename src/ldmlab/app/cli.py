@@ -144,7 +144,8 @@ class _Once(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        before = vars(namespace).setdefault("_given", {}).setdefault(self.dest, values)
+        assert isinstance(parser, Parser)
+        before = parser.given.setdefault(self.dest, values)
         if option_string and before != values:
             pair = f"{shown(str(before))}, {shown(str(values))}"
             raise InputError(f"{option_string} is given twice ({pair}), and takes one value; leave one of them out.")
@@ -158,6 +159,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.register("action", None, _Once)
         self.register("action", "store", _Once)
+
+    def parse_known_args(self, *words: Any, **options: Any) -> Any:
+        self.given = dict[str, Any]()  # by name, of this command line
+        return super().parse_known_args(*words, **options)
 
     def error(self, message: str) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]

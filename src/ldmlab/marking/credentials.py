@@ -17,7 +17,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from PIL import Image
 
+from ldmlab.disks import disk_errors, locked
 from ldmlab.errors import InputError
 from ldmlab.files import read_text, weights_folder, write_atomically
 
@@ -30,7 +32,7 @@ _ALGORITHMS = {"secp256r1": b"es256", "secp384r1": b"es384", "secp521r1": b"es51
 class Credentials(NamedTuple):
     """What a file's manifest says."""
 
-    state: str  # none | valid | changed
+    state: str  # none | valid | changed | not read
     detail: str  # who signed, or what does not fit
 
 
@@ -41,20 +43,30 @@ class Signer:
         if (certificate is None) != (key is None):
             raise InputError("--certificate and --key belong together; give both, or neither for a test certificate.")
         paths = _test_files() if certificate is None or key is None else (certificate, key)
-        try:
-            chain, private = (read_text(path).encode() for path in paths)
-            curve = serialization.load_pem_private_key(private, None).curve.name  # type: ignore[union-attr]
-            signing = c2pa.C2paSignerInfo(_ALGORITHMS[curve], chain, private, None)
-            self._signer = c2pa.Signer.from_info(signing)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, c2pa.C2paError) as error:
-            raise InputError(
-                f"--certificate {paths[0]} and --key {paths[1]} cannot sign ({error}); give the PEM chain of a signing "
-                "certificate and its EC key without password."
-            ) from error
         self._context = c2pa.Context.from_dict({"builder": {"thumbnail": {"enabled": False}}})  # 10 kB instead of 280
+        try:
+            self._signer = _signer(*paths)
+            _check(self._signed(_probe(), "probe.png"))
+        except (OSError, ValueError, TypeError, c2pa.C2paError) as error:
+            if certificate is None:
+                raise InputError(
+                    f"the test certificate of this machine cannot sign ({error}); delete {paths[0].parent}, and a new "
+                    "one is made."
+                ) from error
+            raise InputError(
+                f"--certificate {paths[0]} and --key {paths[1]} cannot sign ({error}); give the PEM chain of a valid "
+                "signing certificate, its own first, and its EC key without password."
+            ) from error
 
     def sign(self, path: Path, title: str) -> None:
         """Put the manifest into the file."""
+        try:
+            signed = self._signed(path.read_bytes(), title)
+        except c2pa.C2paError as error:  # a certificate may expire
+            raise InputError(f"{path} cannot be signed ({error}); renew the certificate.") from error
+        write_atomically(path, lambda temporary: temporary.write_bytes(signed))
+
+    def _signed(self, content: bytes, title: str) -> bytes:
         action = {"action": "c2pa.created", "digitalSourceType": _GENERATED}
         manifest = {
             "claim_generator_info": [{"name": "ldmlab", "version": version("ldmlab")}],
@@ -64,18 +76,49 @@ class Signer:
         }
         signed = io.BytesIO()
         with c2pa.Builder(json.dumps(manifest), self._context) as builder:
-            builder.sign(self._signer, "image/png", io.BytesIO(path.read_bytes()), signed)
-        write_atomically(path, lambda temporary: temporary.write_bytes(signed.getvalue()))
+            builder.sign(self._signer, "image/png", io.BytesIO(content), signed)
+        return signed.getvalue()
+
+
+def _signer(certificate: Path, key: Path) -> c2pa.Signer:
+    """ValueError, TypeError or C2paError for files that are no certificate or no EC key."""
+    private = serialization.load_pem_private_key(read_text(key).encode(), None)
+    if not isinstance(private, ec.EllipticCurvePrivateKey) or private.curve.name not in _ALGORITHMS:
+        raise ValueError(f"the key is none of an elliptic curve of {', '.join(_ALGORITHMS)}")
+    chain = x509.load_pem_x509_certificates(read_text(certificate).encode())
+    certificates = b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain)
+    # all that is given as the chain gets into every signed file: a key beside the certificates does not belong there
+    return c2pa.Signer.from_info(
+        c2pa.C2paSignerInfo(_ALGORITHMS[private.curve.name], certificates, _pem(private), None)
+    )
+
+
+def _probe() -> bytes:
+    """A PNG of one pixel."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    return file.getvalue()
+
+
+def _check(signed: bytes) -> None:
+    """ValueError where what was signed is not valid."""
+    if (found := credentials(signed)).state != "valid":
+        raise ValueError(found.detail)
 
 
 def credentials(content: bytes) -> Credentials:
     """Whether the bytes of a PNG are those that were signed, padding included, and by whom."""
-    if not content.startswith(_PNG) or b"caBX" not in content:
+    if not content.startswith(_PNG):
+        return Credentials("not read", "only those in PNG files are")
+    if b"caBX" not in content:
         return Credentials("none", "")
-    if not _whole(content):
+    if (chunks := _chunks(content)) is None:
         return Credentials("changed", "a chunk of the PNG differs from its checksum")
-    try:
-        with c2pa.Reader("image/png", io.BytesIO(content)) as reader:
+    if b"caBX" not in chunks:  # but in a text
+        return Credentials("none", "")
+    try:  # no file has an address called
+        context = c2pa.Context.from_dict({"verify": {"remote_manifest_fetch": False}})
+        with c2pa.Reader("image/png", io.BytesIO(content), context=context) as reader:
             found = json.loads(reader.json())
     except c2pa.C2paError as error:
         return Credentials("changed", str(error))
@@ -83,34 +126,43 @@ def credentials(content: bytes) -> Credentials:
     wrong = [code for code in codes if code != "signingCredential.untrusted"]
     if found.get("validation_state") not in ("Valid", "Trusted") or wrong:
         return Credentials("changed", ", ".join(wrong) or str(found.get("validation_state")))
-    signature = found["manifests"][found["active_manifest"]].get("signature_info", {})
+    manifest = found["manifests"][found["active_manifest"]]
+    signature = manifest.get("signature_info", {})
     trust = "" if found["validation_state"] == "Trusted" else ", not looked up in a trust list"
-    return Credentials("valid", f"signed by {signature.get('common_name') or signature.get('issuer')}{trust}")
+    stated = _GENERATED in json.dumps(manifest.get("assertions"))
+    made = "" if stated else ", which does not state that it was generated"
+    return Credentials("valid", f"signed by {signature.get('common_name') or signature.get('issuer')}{trust}{made}")
 
 
-def _whole(content: bytes) -> bool:
-    """Whether every chunk fits its checksum and nothing follows the last one."""
-    place = len(_PNG)
+def _chunks(content: bytes) -> set[bytes] | None:
+    """The types of the chunks; None unless every chunk fits its checksum and nothing follows the last one."""
+    place, types = len(_PNG), set[bytes]()
     while place + 12 <= len(content):
         length = int.from_bytes(content[place : place + 4])
         end = place + 12 + length
         if zlib.crc32(content[place + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
-            return False
+            return None
+        types.add(content[place + 4 : place + 8])
         if content[place + 4 : place + 8] == b"IEND":
-            return end == len(content)
+            return types if end == len(content) else None
         place = end
-    return False
+    return None
 
 
 def _test_files() -> tuple[Path, Path]:
     """Certificate chain and key of this machine, made once."""
     folder = weights_folder() / "credentials"
     paths = folder / "test-chain.pem", folder / "test-key.pem"
-    if not all(path.is_file() for path in paths):
-        chain, key = _test_chain()
-        write_atomically(paths[0], lambda temporary: temporary.write_bytes(chain))
-        write_atomically(paths[1], lambda temporary: temporary.write_bytes(key))
-        paths[1].chmod(0o600)
+    if all(path.is_file() for path in paths):
+        return paths
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "lock", f"{folder} is being written", wait=True, quiet=True):
+        if not all(path.is_file() for path in paths):  # another process may have been first
+            chain, key = _test_chain()
+            write_atomically(paths[1], lambda temporary: temporary.write_bytes(key))
+            paths[1].chmod(0o600)
+            write_atomically(paths[0], lambda temporary: temporary.write_bytes(chain))
     return paths
 
 
@@ -118,10 +170,13 @@ def _test_chain() -> tuple[bytes, bytes]:
     """A certificate for ten years below a root whose key is thrown away."""
     root_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     chain = [_certificate(key, root_key, authority=False), _certificate(root_key, root_key, authority=True)]
-    private = key.private_bytes(
+    return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain), _pem(key)
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return b"".join(one.public_bytes(serialization.Encoding.PEM) for one in chain), private
 
 
 def _certificate(
