@@ -11,7 +11,7 @@ from exact_mixture import MEAN, STD, denoise, exact_end
 from torch import Tensor
 
 from ldmlab.contracts import Level
-from ldmlab.diffusion.paths import ContinuousPath, CosinePath, LinearPath
+from ldmlab.diffusion.paths import ContinuousPath, CosinePath, EdmPath, LinearPath
 from ldmlab.diffusion.schedule import Schedule, ddim_grid
 from ldmlab.errors import InputError
 from ldmlab.inference.sample_settings import SAMPLERS as ALL
@@ -308,6 +308,21 @@ def test_a_step_from_a_level_that_churn_raised() -> None:
         grid = ddim_grid(Schedule(), 250, "karras")
         x = run(name, start(grid), grid, churn=40.0, churn_noise=1.0)
         assert float(x.std()) == pytest.approx(STD, abs=0.03)
+
+
+@pytest.mark.parametrize("rho", [3, 5, 7])
+@pytest.mark.parametrize(("low", "high"), [(0.01, 50.0), (0.0292, 14.6146), (0.002, 5.0)])
+def test_churn_acts_at_its_bounds(low: float, high: float, rho: int) -> None:
+    """Also where rounding puts a level of the grid beyond them."""
+    path, drawn = EdmPath(low, high), list[int]()
+
+    def noise(step: int) -> Tensor:
+        drawn.append(step)
+        return torch.zeros(3, dtype=torch.float64)
+
+    sampler: Any = sampler_by_name("euler", churn=10.0, churn_min=low, churn_max=high)
+    sampler.along(path)(lambda x, level: 0.5 * x, torch.ones(3).double(), path.grid(6, f"karras:{rho}"), noise=noise)
+    assert drawn == [*range(6)]
 
 
 def test_a_name_may_hold_options() -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from ldmlab.contracts import AfterStep, Denoise, Level, Noise, Path
 from ldmlab.errors import InputError, one_of
 
+_ROUNDING = 1e-6  # relative; a level that is a bound but for rounding is inside
+
 
 @dataclass(frozen=True)
 class Step:
@@ -114,7 +116,7 @@ class Churn:
     def raised(self, x: Tensor, here: Level, steps: int, path: Path, noise: Noise, number: int) -> tuple[Tensor, Level]:
         """x at a noisier level, and that level."""
         ratio = here.sigma / here.alpha if here.alpha else math.inf
-        if not (math.isfinite(ratio) and self.low <= ratio <= self.high):
+        if not (math.isfinite(ratio) and self.low * (1 - _ROUNDING) <= ratio <= self.high * (1 + _ROUNDING)):
             return x, here
         up = path.level_at(ratio * (1 + min(self.amount / steps, math.sqrt(2) - 1)))
         change = up.alpha / here.alpha
