@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from ldmlab.contracts import Conditioning
 from ldmlab.errors import InputError
+from ldmlab.first_stages.kl import KLAutoencoder
 from ldmlab.interop import diffusers
+from ldmlab.interop.compvis.compvis_networks import first_stage_params_of
+from ldmlab.interop.diffusers import diffusers_first_stages
 
 peer = pytest.importorskip("diffusers")
 
@@ -73,6 +76,7 @@ AUTOENCODERS = {
             "up_block_types": ["AttnUpDecoderBlock2D", "UpDecoderBlock2D"],
         },
     ),
+    "kl_widths_between_multiples": ("AutoencoderKL", {"block_out_channels": [24, 40], "norm_num_groups": 8}),
     "vq": ("VQModel", {"num_vq_embeddings": 32, "latent_channels": 3}),
     "vq_other_width": ("VQModel", {"num_vq_embeddings": 32, "latent_channels": 6, "vq_embed_dim": 3}),
 }
@@ -153,6 +157,18 @@ def test_autoencoder(name: str) -> None:
     else:
         torch.testing.assert_close(mine.moments(), found.latent_dist.parameters, atol=2e-5, rtol=0)
     torch.testing.assert_close(ours.decode(mine.mean), theirs.decode(mine.mean).sample, atol=2e-5, rtol=0)
+
+
+def test_widths_between_multiples_come_back() -> None:
+    """As diffusers' own; the official program's are multiples, and every width is a whole number."""
+    config = STAGE | {"block_out_channels": [24, 40], "norm_num_groups": 8}
+    node = diffusers_first_stages.arguments({"_class_name": "AutoencoderKL", **config})
+    _, again = diffusers_first_stages.configuration(node, image_size=16, scaling_factor=1.0)
+    assert again["block_out_channels"] == [24, 40]
+    with pytest.raises(InputError, match="has no official counterpart"):
+        first_stage_params_of({**node, "norm_groups": 32})
+    with pytest.raises(InputError, match=r"channel_mult=\[1, 1.7\] with channels=24 gives widths that are no whole"):
+        KLAutoencoder(channels=24, channel_mult=[1, 1.7], latent_channels=4, norm_groups=8)
 
 
 REFUSED = [

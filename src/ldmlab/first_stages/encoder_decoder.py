@@ -30,7 +30,7 @@ class Architecture:
     """The options that encoder and decoder share."""
 
     channels: int  # width of the finest level
-    channel_mult: Sequence[int]  # width of each level, finest first, as a multiple of `channels`
+    channel_mult: Sequence[float]  # width of each level, finest first, as a multiple of `channels`
     num_res_blocks: int  # per level of the encoder; the decoder has one more
     attention_downsampling: Sequence[int]  # levels with attention, by their downsampling: 16 is 16 x 16 of 256 x 256
     mid_attention: bool  # attention between the two middle blocks
@@ -40,6 +40,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         check_fraction("first_stage.dropout", self.dropout)
+        if any(abs(self.channels * factor - round(self.channels * factor)) > 1e-6 for factor in self.channel_mult):
+            raise InputError(
+                f"first_stage.channel_mult={list(self.channel_mult)} with channels={self.channels} gives widths that "
+                "are no whole numbers; choose multiples such as [1, 1.5, 2] that do."
+            )
         factors = [2**level for level in range(len(self.channel_mult))]
         wrong = [factor for factor in self.attention_downsampling if factor not in factors]
         if wrong:
@@ -51,7 +56,7 @@ class Architecture:
     @property
     def widths(self) -> list[int]:
         """Channels of each level, finest first."""
-        return [self.channels * factor for factor in self.channel_mult]
+        return [round(self.channels * factor) for factor in self.channel_mult]
 
     def norm(self, width: int) -> nn.GroupNorm:
         return group_norm(width, _EPSILON, self.norm_groups)

@@ -25,7 +25,7 @@ class RepresentationAutoencoder(WithoutSpread):
         self,
         *,
         encoder: PatchEncoder,  # frozen; its width is the number of latent channels
-        channel_mult: Sequence[int],  # widths of the decoder's levels, finest first
+        channel_mult: Sequence[float],  # widths of the decoder's levels, finest first
         channels: int = 128,  # width of the finest level
         num_res_blocks: int = 2,  # per level, less one
         attention_downsampling: Sequence[int] = (),  # levels with attention, by downsampling factor

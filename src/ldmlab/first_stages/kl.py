@@ -20,7 +20,7 @@ class KLAutoencoder(Autoencoder):
     def __init__(
         self,
         *,
-        channel_mult: Sequence[int],  # widths of the levels, finest first; f = 2^(levels - 1)
+        channel_mult: Sequence[float],  # widths of the levels, finest first; f = 2^(levels - 1)
         latent_channels: int,  # channels of a latent
         bottleneck_channels: int | None = None,  # between networks and latent projection; default: latent_channels
         channels: int = 128,  # width of the finest level

@@ -57,7 +57,7 @@ class QuantisedAutoencoder(CodedAutoencoder):
     def __init__(
         self,
         *,
-        channel_mult: Sequence[int],  # widths of the levels, finest first; f = 2^(levels - 1)
+        channel_mult: Sequence[float],  # widths of the levels, finest first; f = 2^(levels - 1)
         quantiser: Quantiser,  # of ldmlab.first_stages.lookup_free (FSQ, LFQ, BSQ) or index_backpropagation (IBQ)
         bottleneck_channels: int | None = None,  # between networks and latent projection; default: as the latent
         channels: int = 128,  # width of the finest level
@@ -84,7 +84,7 @@ class VQModel(CodedAutoencoder):
     def __init__(
         self,
         *,
-        channel_mult: Sequence[int],  # widths of the levels, finest first; f = 2^(levels - 1)
+        channel_mult: Sequence[float],  # widths of the levels, finest first; f = 2^(levels - 1)
         latent_channels: int,  # channels of a latent and of a codebook vector
         codebook_size: int,
         encoder_weight: float = 1.0,  # of the penalty that moves the encoder to the codebook

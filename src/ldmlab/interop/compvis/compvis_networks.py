@@ -236,8 +236,9 @@ def first_stage_params_of(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
     renaming.refuse_cosine(node)
     kind = str(node["_target_"]).rpartition(".")[2]
     plain = node.get("norm_groups", 32) == 32 and node.get("latent_projection", True)
+    plain = plain and all(factor == int(factor) for factor in node["channel_mult"])
     if kind not in ("KLAutoencoder", "VQModel") or not plain:
-        options = {name: node[name] for name in ("norm_groups", "latent_projection") if name in node}
+        options = {name: node[name] for name in ("norm_groups", "latent_projection", "channel_mult") if name in node}
         raise InputError(f"first_stage={kind} ({options}) has no official counterpart.")
     width = node["latent_channels"]
     full = {"channels": 128, "num_res_blocks": 2, "dropout": 0.0, **node}

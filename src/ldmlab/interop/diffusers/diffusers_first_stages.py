@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.errors import InputError
-from ldmlab.interop.diffusers.diffusers_config import levels_with_attention, multiples, named_class, resolved
+from ldmlab.interop.diffusers.diffusers_config import levels_with_attention, named_class, resolved
 from ldmlab.interop.renaming import OPTIONS, Node, State, StateDict, refuse_cosine
 
 KL, VQ, DC = "AutoencoderKL", "VQModel", "AutoencoderDC"
@@ -43,7 +43,7 @@ def arguments(config: Config) -> dict[str, Any]:
         "_target_": _TARGETS[kind],
         **{ours: options[name] for name, (ours, _) in _SAME.items()},
         "channels": widths[0],
-        "channel_mult": multiples(kind, widths),
+        "channel_mult": [width / widths[0] if width % widths[0] else width // widths[0] for width in widths],
         "attention_downsampling": [2**level for level, attends in enumerate(attention) if attends],
         "latent_channels": options.get("vq_embed_dim") or inner,
         "bottleneck_channels": inner,
@@ -72,7 +72,7 @@ def configuration(node: Node, *, image_size: int, scaling_factor: float, shift: 
     attention = ["Attn" if 2**i in node.get("attention_downsampling", ()) else "" for i in range(len(mult))]
     return kind, {
         **{name: node.get(ours, default) for name, (ours, default) in _SAME.items()},
-        "block_out_channels": [node.get("channels", 128) * m for m in mult],
+        "block_out_channels": [round(node.get("channels", 128) * m) for m in mult],
         "down_block_types": [f"{present}DownEncoderBlock2D" for present in attention],
         "up_block_types": [f"{present}UpDecoderBlock2D" for present in reversed(attention)],
         "latent_channels": inner,
