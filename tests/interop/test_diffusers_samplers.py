@@ -65,6 +65,40 @@ def test_orders_and_ends_of_a_multistep_solver(
     assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
 
 
+@pytest.mark.parametrize("steps", [10, 30])
+@pytest.mark.parametrize("options", [
+    {},
+    {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True},
+    {"steps_offset": 1, "set_alpha_to_one": False},
+])  # fmt: skip
+def test_ddim_visits_the_times_of_its_scheduler(options: dict[str, Any], steps: int) -> None:
+    """From 0 up and ending at the data, as with DiT; or from 1 up and ending at the first level, as with LDM's code."""
+    if options.get("steps_offset") and steps == 30:
+        return  # which LDM's rule does not take
+    theirs = peer.DDIMScheduler(clip_sample=False, **options)
+    theirs.set_timesteps(steps)
+    config = {**theirs.config, "_class_name": "DDIMScheduler"}
+    node = diffusion_node(config)
+    schedule, prediction = (instantiate(node[part], where=part) for part in ("schedule", "prediction"))
+    sampler: Any = instantiate(sampler_node(config), where="sampler")
+    grid = schedule.grid(steps, sampler.spacing)
+    assert [level.time for level in grid[:-1]] == theirs.timesteps.tolist()
+
+    def output(x: torch.Tensor, time: float) -> torch.Tensor:
+        return torch.tanh(x * (0.5 + time / 1000))
+
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        assert level.time is not None
+        return prediction.clean(x, output(x, level.time), level)
+
+    x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = sampler(denoise, x, grid, noise=torch.zeros_like)
+    if 1000 % steps == 0 or sampler.spacing != "trailing":  # whose steps do not end there where the next one begins
+        for time in theirs.timesteps:
+            x = theirs.step(output(x, float(time)), time, x).prev_sample
+        assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
+
+
 FLOWS: list[tuple[str, dict[str, Any], bool]] = [  # class, options, whether a pipeline hands over 1 .. 1 / steps
     ("Heun", {"shift": 3.0}, False),
     ("Heun", {"num_train_timesteps": 100}, False),

@@ -119,7 +119,7 @@ def test_paths_that_are_refused(options: dict[str, Any], why: str) -> None:
 @pytest.mark.parametrize(("config", "why"), [
     ({"_class_name": "ScoreSdeVeScheduler"}, "scheduler ScoreSdeVeScheduler is not supported"),
     ({"_class_name": FLOW, "use_gamma_sigmas": True}, "with use_gamma_sigmas=True is not supported"),
-    ({"_class_name": FLOW, "invert_sigmas": True, "stochastic_sampling": True}, "invert_sigmas with stochastic_samp"),
+    ({"_class_name": FLOW, "invert_sigmas": True, "stochastic_sampling": True}, "adds noise at the data's end"),
 ])  # fmt: skip
 def test_schedulers_that_are_refused(config: dict[str, Any], why: str) -> None:
     with pytest.raises(InputError, match=why):

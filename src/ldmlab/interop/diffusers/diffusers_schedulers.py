@@ -1,6 +1,5 @@
 """Schedulers of diffusers and ours, both ways: discrete noise schedules, flows, and EDM's."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from ldmlab.diffusion.respacing import checked_spacing
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.errors import InputError
 from ldmlab.interop.diffusers.diffusers_config import resolved
+from ldmlab.interop.diffusers.diffusers_solvers import EDM_MULTISTEP, ddim, ddim_spacing, edm_sampler, multistep
 
 Config = Mapping[str, Any]
 _NAMES = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}  # diffusers => ours
@@ -18,13 +18,12 @@ _HOME = "ldmlab.diffusion."
 _SAME = 1e-6  # float32 of betas below 0.02 is much closer
 _MULTISTEP = "DPMSolverMultistep"
 FLOW, _FLOW_HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
-EDM, _EDM_MULTISTEP = "EDMEulerScheduler", f"EDM{_MULTISTEP}Scheduler"
+EDM = "EDMEulerScheduler"
 _DISCRETE = (  # whose noise levels are those of betas
     *("DDIM", "DDIMParallel", "DDIMInverse", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "LCM", "TCD", "SASolver"),
     *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete"),
     *(_MULTISTEP, "DPMSolverSinglestep", "DPMSolverSDE", "DEISMultistep", "UniPCMultistep"),
 )
-_KIND = "dpmsolver++"  # algorithm_type unless another is named
 _EXACT = ("DDIM", "DDPM", "LCM", "TCD")  # with a terminal SNR of 0; others leave the least signal of half precision
 _RULES = ("karras", "exponential", "beta")  # use_RULE_sigmas
 
@@ -37,12 +36,11 @@ def diffusion_node(config: Config, token_values: int = 64) -> dict[str, Any]:
     name = config.get("_class_name", f"{_DISCRETE[0]}Scheduler")
     if name in (FLOW, _FLOW_HEUN):
         return _flow_node(config, name, token_values)
-    if name in (EDM, _EDM_MULTISTEP):
+    if name in (EDM, EDM_MULTISTEP):
         return _edm_node(config, name)
     if name.removesuffix("Scheduler") not in _DISCRETE:
-        raise InputError(
-            f"scheduler {name} is not supported; supported: {FLOW}, {_FLOW_HEUN}, {EDM} and those of betas."
-        )
+        known = f"{FLOW}, {_FLOW_HEUN}, {EDM}, {EDM_MULTISTEP} and those of betas"
+        raise InputError(f"scheduler {name} is not supported; supported: {known}.")
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise InputError(
@@ -72,8 +70,7 @@ def _flow_node(config: Config, name: str, token_values: int) -> dict[str, Any]:
     inverted = options.get("invert_sigmas")
     if inverted and options["stochastic_sampling"]:
         raise InputError(
-            "scheduler invert_sigmas with stochastic_sampling is not supported: diffusers adds its noise at the data's "
-            "end there; set one of them to false."
+            "scheduler invert_sigmas with stochastic_sampling adds noise at the data's end; set one of them to false."
         )
     if inverted:
         ends = {"clean_time": ends["noise_time"], "noise_time": 0.0}
@@ -100,7 +97,7 @@ def _edm_node(config: Config, name: str) -> dict[str, Any]:
     """EDM's path on the scheduler's steps; with `v_prediction` its network has the other sign."""
     options = resolved(config, name, "scheduler")
     rule = "log_snr" if options["sigma_schedule"] == "exponential" else f"karras:{options['rho']:g}"
-    sampler = _edm_sampler(options)
+    sampler = edm_sampler(options)
     words = [f"{option}={str(value).lower()}" for option, value in sampler.items() if option != "_target_"]
     solver = ":".join([sampler["_target_"].split(".")[-2], *words])
     path = {"sigma_min": options["sigma_min"], "sigma_max": options["sigma_max"], "solver": [solver, rule, 50]}
@@ -179,83 +176,25 @@ def sampler_node(config: Config) -> dict[str, Any]:
     """What samples an imported model unless another sampler is named: the scheduler's solver, see `is_replaced`.
 
     DPM-Solver++ as a DPMSolverMultistepScheduler has it, EDM's solvers, of flows the path's own; of all others DDIM,
-    with the scheduler's step rule where it is `trailing`, as models without a terminal signal need.
+    with the scheduler's step rule where it is `trailing`, as models without a terminal signal need, or DDIM's from 0.
     """
     name = config.get("_class_name")
-    if name == FLOW:
-        return {"_target_": "ldmlab.samplers._auto.Auto"}
-    if name == _FLOW_HEUN:
-        return {"_target_": "ldmlab.samplers.heun.Heun", "variable": "position"}
-    if name in (EDM, _EDM_MULTISTEP):
-        return _edm_sampler(resolved(config, name, "scheduler"))
-    if name == f"{_MULTISTEP}Scheduler" and (node := _multistep(config)) is not None:
+    if name in (FLOW, _FLOW_HEUN):
+        heun = {"_target_": "ldmlab.samplers.heun.Heun", "variable": "position"}
+        return heun if name == _FLOW_HEUN else {"_target_": "ldmlab.samplers._auto.Auto"}
+    if name in (EDM, EDM_MULTISTEP):
+        return edm_sampler(resolved(config, name, "scheduler"))
+    if name == f"{_MULTISTEP}Scheduler" and (node := multistep(config)) is not None:
         return node
-    return _ddim(0.0, "trailing" if config.get("timestep_spacing") == "trailing" else "official")
+    return ddim(0.0, ddim_spacing(config))
 
 
 def is_replaced(config: Config) -> bool:
     """Whether `sampler_node` is another solver than the scheduler's."""
     name = str(config.get("_class_name", "DDIMScheduler"))
     if name == f"{_MULTISTEP}Scheduler":
-        return _multistep(config) is None
+        return multistep(config) is None
     return name not in (FLOW, _FLOW_HEUN) and not name.startswith(("DDIM", "EDM"))
-
-
-def _ddim(eta: float, spacing: str) -> dict[str, Any]:
-    rule = {} if spacing == "official" else {"spacing": spacing}
-    return {"_target_": "ldmlab.samplers.ddim.Ddim", "eta": eta, **rule}
-
-
-def _multistep(config: Config) -> dict[str, Any] | None:
-    """The solver on the scheduler's steps, of first order DDIM; None for other solvers and steps."""
-    clipped = config.get("lambda_min_clipped") not in (None, -math.inf, "-inf")
-    others = ("use_beta_sigmas", "use_flow_sigmas", "thresholding")
-    spacing = _multistep_spacing(config)
-    if spacing is None or clipped or any(config.get(name) for name in others):
-        return None
-    if config.get("solver_order", 2) > 1:
-        node = _solver(config)
-        return None if node is None else node | {"spacing": spacing}
-    eta = {"dpmsolver++": 0.0, "dpmsolver": 0.0, "sde-dpmsolver++": 1.0}.get(config.get("algorithm_type", _KIND))
-    return None if eta is None else _ddim(eta, spacing)
-
-
-def _multistep_spacing(config: Config) -> str | None:
-    """The rule of ours for its steps; None where there is none."""
-    kinds = {"use_karras_sigmas": "karras", "use_lu_lambdas": "log_snr", "use_exponential_sigmas": "log_snr"}
-    if kind := next((ours for name, ours in kinds.items() if config.get(name)), None):
-        return kind
-    leading = "leading:open" if config.get("steps_offset", 0) == 1 else None
-    rules = {"linspace": "linspace:open", "leading": leading, "trailing": "trailing"}
-    return rules.get(config.get("timestep_spacing", "linspace"))
-
-
-def _solver(config: Config) -> dict[str, Any] | None:
-    """The solver whatever its steps; None for another curve, as its third-order SDE has."""
-    order, kind = config.get("solver_order", 2), config.get("algorithm_type", _KIND)
-    if (order, kind) not in ((2, "dpmsolver++"), (2, "sde-dpmsolver++"), (3, "dpmsolver++")):
-        return None
-    return {
-        "_target_": f"ldmlab.samplers.dpmpp_{order}m_sde.Dpmpp{order}MSde",
-        "eta": float(kind == "sde-dpmsolver++"),
-        "midpoint": config.get("solver_type", "midpoint") != "heun",
-        "lower_order_final": config.get("lower_order_final", True),
-        "euler_at_final": config.get("euler_at_final", False),
-    }
-
-
-def _edm_sampler(options: Config) -> dict[str, Any]:
-    """The sampler of a scheduler of EDM; InputError where it has none here."""
-    order, kind = options.get("solver_order", 1), options.get("algorithm_type", _KIND)
-    if order == 1:
-        ours = "euler_ancestral.EulerAncestral" if kind == "sde-dpmsolver++" else "euler.Euler"
-        return {"_target_": f"ldmlab.samplers.{ours}"}
-    if (node := _solver(options)) is None:
-        raise InputError(
-            f"{_EDM_MULTISTEP} with solver_order={order}, algorithm_type={kind} is not supported; supported: order 1 "
-            "or 2 of both types, 3 of dpmsolver++."
-        )
-    return node
 
 
 def scheduler_options(node: Mapping[str, Any], token_values: int = 64) -> tuple[str, Config]:
