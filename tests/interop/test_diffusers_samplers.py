@@ -14,7 +14,8 @@ from ldmlab.diffusion.paths import EdmPath
 from ldmlab.diffusion.schedule import Schedule
 from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.instantiate import instantiate
-from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, is_replaced, sampler_node
+from ldmlab.interop.diffusers import notes_of
+from ldmlab.interop.diffusers.diffusers_schedulers import clips, diffusion_node, is_replaced, sampler_node
 from ldmlab.samplers._auto import solver_of
 
 peer = pytest.importorskip("diffusers")
@@ -151,6 +152,17 @@ def test_a_replaced_solver_is_known(config: dict[str, Any], replaced: bool) -> N
     assert is_replaced(config) is replaced
 
 
+def test_limits_of_clean_estimates_are_known() -> None:
+    """Which samplers here do not have; an import says so."""
+    for name in ("DDIM", "DDPM", "DPMSolverMultistep"):
+        config = getattr(peer, f"{name}Scheduler")().config
+        assert clips({**config, "_class_name": f"{name}Scheduler"}) is (name != "DPMSolverMultistep")
+        assert not clips({**config, "_class_name": f"{name}Scheduler", "clip_sample": False})
+    assert clips({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True})
+    assert "clips every clean estimate (clip_sample)" in notes_of({"origin": {"clips": True}})[0]
+    assert notes_of({"origin": {}}) == ()
+
+
 def test_auto_has_the_options_and_the_spacing_of_an_imported_sampler() -> None:
     """Each of which a setting overrides; runs have their path's sampler, continuous paths their spacing."""
     config = {"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True}
@@ -177,15 +189,16 @@ def test_auto_is_the_sampler_of_an_imported_folder(tmp_path: Path, capsys: pytes
     schedulers = {
         "sde": peer.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", euler_at_final=True),
         "other": peer.PNDMScheduler(),
-        "ddim": peer.DDIMScheduler(timestep_spacing="trailing"),
+        "ddim": peer.DDIMScheduler(timestep_spacing="trailing", clip_sample=False),
     }
     found = {}
     for name, scheduler in schedulers.items():
         pipeline = peer.DDPMPipeline(unet=peer.UNet2DModel(**DDPM).eval(), scheduler=scheduler)
         pipeline.save_pretrained(tmp_path / name)
         assert dispatch(["import", str(tmp_path / name), str(tmp_path / f"{name}_model")]) == 0
-        note = "note: the solver of PNDMScheduler is replaced by ddim" in capsys.readouterr().out
-        assert note == (name == "other")
+        said = capsys.readouterr().out
+        assert ("note: the solver of PNDMScheduler is replaced by ddim" in said) == (name == "other")
+        assert "clip_sample" not in said
         found[name] = load(tmp_path / f"{name}_model")
     sde = found["sde"].resolved(SampleSettings())
     assert (sde.sampler, sde.spacing, sde.steps) == (

@@ -16,7 +16,7 @@ from ldmlab.interop.diffusers.diffusers_build import build_first_stage, build_te
 from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
 from ldmlab.interop.diffusers.diffusers_first_stages import DC, KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE, as_official
-from ldmlab.interop.diffusers.diffusers_schedulers import diffusion_node, is_replaced, sampler_node, token_values
+from ldmlab.interop.diffusers.diffusers_schedulers import clips, diffusion_node, is_replaced, sampler_node, token_values
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, read_texts
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_transformers import DIT, OLD, SD3, read_transformer
@@ -71,9 +71,12 @@ def read_folder(path: Path | str) -> tuple[Spec, Parts]:
 
 def notes_of(spec: Spec) -> tuple[str, ...]:
     """What an import does not keep, for the user."""
-    if (name := spec.get("origin", {}).get("scheduler")) is None:
-        return ()
-    return (f"the solver of {name} is replaced by ddim, what sampler=auto is; --sampler names another one",)
+    origin, notes = spec.get("origin", {}), list[str]()
+    if (name := origin.get("scheduler")) is not None:
+        notes += [f"the solver of {name} is replaced by ddim, what sampler=auto is; --sampler names another one"]
+    if origin.get("clips"):
+        notes += ["the scheduler clips every clean estimate (clip_sample), and samplers here do not"]
+    return tuple(notes)
 
 
 def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
@@ -97,6 +100,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     side = _side(config.get("sample_size"), f) or _side(stage_config.get("sample_size"), 1) or 256
     origin = {"linear_projection": bool(config.get("use_linear_projection", False))}
     origin |= {"scheduler": scheduler["_class_name"]} if is_replaced(scheduler) else {}
+    origin |= {"clips": True} if clips(scheduler) else {}
     origin |= {"id2label": index["id2label"]} if index.get("id2label") else {}
     spec: Spec = {
         "kind": "latent_diffusion",

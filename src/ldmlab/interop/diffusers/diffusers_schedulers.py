@@ -197,6 +197,12 @@ def is_replaced(config: Config) -> bool:
     return name not in (FLOW, _FLOW_HEUN) and not name.startswith(("DDIM", "EDM"))
 
 
+def clips(config: Config) -> bool:
+    """Whether the scheduler limits every clean estimate, as those of pixels do unless they are told otherwise."""
+    usual = str(config.get("_class_name", "DDIMScheduler")).startswith(("DDIM", "DDPM"))
+    return bool(config.get("clip_sample", usual) or config.get("thresholding"))
+
+
 def scheduler_options(node: Mapping[str, Any], token_values: int = 64) -> tuple[str, Config]:
     """diffusers' class and options for a diffusion node of ours: a flow's steps, or DDIM's as the official sampler's.
 
