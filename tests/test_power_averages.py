@@ -1,5 +1,6 @@
 """Averages by a power of time against the official EDM2 code, and averages that are made afterwards."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -96,3 +97,17 @@ def test_too_few_snapshots_are_said_and_none_refused(tmp_path: Path) -> None:
     (tmp_path / "averages/step_00000050_length_0.050.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"step_00000050_length_0\.050\.safetensors is damaged"):
         reconstruct(tmp_path, 0.1, 200)
+
+
+@pytest.mark.parametrize("fault", ["shape", "nan", "pipe"])
+def test_a_snapshot_that_does_not_fit_is_named(tmp_path: Path, fault: str) -> None:
+    for step, length in ((10, 0.05), (10, 0.1), (20, 0.05), (20, 0.1)):
+        odd = (step, length) == (20, 0.1)
+        weight = torch.ones(1 if odd and fault == "shape" else 3) * (float("nan") if odd and fault == "nan" else 1)
+        write_snapshot(tmp_path, step, length, "denoiser", {"weight": weight}, here=True)
+    if fault == "pipe":
+        (tmp_path / "averages/step_00000020_length_0.100.safetensors").unlink()
+        os.mkfifo(tmp_path / "averages/step_00000020_length_0.100.safetensors")
+    reason = {"shape": "has another shape", "nan": "values that are no numbers", "pipe": "not a regular file"}[fault]
+    with pytest.raises(InputError, match=rf"step_00000020_length_0\.100\.safetensors.*{reason}"):
+        reconstruct(tmp_path, 0.08, 20)

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from ldmlab.checkpoints import save_tensors
+from ldmlab.disks import open_regular
 from ldmlab.errors import InputError
 from ldmlab.sharded import by_layout, is_sharded, laid_out
 
@@ -224,15 +225,20 @@ def _weighted(used: Sequence[Snapshot], weights: Numbers) -> dict[str, Tensor]:
             raise InputError(f"{one.path} and {used[0].path} hold different tensors; delete the file of another run.")
     result = {}
     for name in names:
-        total = torch.zeros((), dtype=torch.float64)
-        for file, weight in zip(files, weights, strict=True):
-            total = total + weight * file.get_tensor(name).double()
+        total = torch.zeros(files[0].get_slice(name).get_shape(), dtype=torch.float64)
+        for one, file, weight in zip(used, files, weights, strict=True):
+            tensor = file.get_tensor(name).double()
+            if tensor.shape != total.shape or not tensor.isfinite().all():
+                fault = "values that are no numbers" if tensor.shape == total.shape else "another shape than elsewhere"
+                raise InputError(f"{one.path}: {name} has {fault}; copy the file again, or delete it.")
+            total += weight * tensor
         result[name] = total.float()
     return result
 
 
 def _opened(path: Path) -> "safetensors.safe_open":
     try:
+        open_regular(path).close()  # the next would wait for a pipe
         return safetensors.safe_open(path, framework="pt", device="cpu")
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged ({error}); copy it again, or delete it.") from error

@@ -284,4 +284,6 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         if not checkpoints:
             raise InputError(f"{path} has no finished checkpoint yet; let its training reach one.")
         return path, checkpoints[-1]
+    if (path / CONFIG).is_file() and (path / DESCRIPTION).is_file():  # of a run
+        raise InputError(f"{path} is a run without its folder checkpoints; copy that too, or export the run.")
     return path, None

@@ -168,3 +168,7 @@ def test_a_place_that_takes_no_files(flow: Flow) -> None:
 )
 def test_an_option_given_twice_is_not_half_ignored(words: list[str]) -> None:
     assert "is given twice" in refusal(lambda: cli.dispatch(words))
+
+
+def test_an_option_that_is_no_number_is_not_given_twice() -> None:
+    assert "--length=nan is not the length" in refusal(lambda: cli.dispatch(["average", "run", "--length", "nan"]))

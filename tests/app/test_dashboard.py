@@ -1,6 +1,7 @@
 """Runs side by side: configurations, means over seeds, the line over factors; the same charts as a view at W&B."""
 
 import json
+import os
 import re
 import statistics
 import sys
@@ -16,6 +17,7 @@ from walk import SMALL, TINY_STAGE, Flow
 from ldmlab.app.cli import dispatch
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.dashboard_page import dashboard, mean_curve
+from ldmlab.app.evaluate import curves
 from ldmlab.app.run_records import by_configuration, comparison_fields, read_runs
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
@@ -197,3 +199,31 @@ def test_a_folder_without_runs_and_a_damaged_one_are_named(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"config\.yaml cannot be read as a run's"):
         dispatch(["dashboard", str(tmp_path), "--out", str(tmp_path / "page.html")])
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("fault", ["pipe", "bytes"])
+def test_numbers_that_cannot_be_read_are_named_and_nothing_waits(tmp_path: Path, fault: str) -> None:
+    metrics = make_run(tmp_path, 4, 0) / "metrics.csv"
+    metrics.unlink()
+    if fault == "pipe":
+        os.mkfifo(metrics)
+    else:
+        metrics.write_bytes(b"\xff\n\xff\n")
+    with pytest.raises(InputError, match=r"metrics\.csv cannot be read .*; restore or delete it"):
+        dispatch(["dashboard", str(tmp_path), "--out", str(tmp_path / "page.html")])
+    if fault == "bytes":  # a page of scores would fail at it after the last image
+        with pytest.raises(InputError, match=r"metrics\.csv cannot be read"):
+            curves(metrics.parent)
+
+
+def test_the_damaged_file_of_a_run_is_the_one_that_is_named(tmp_path: Path) -> None:
+    (make_run(tmp_path, 4, 0) / "model.yaml").write_text("[")
+    with pytest.raises(InputError, match=r"^\S*/model\.yaml cannot be read.*, or leave this run out\.$"):
+        dispatch(["dashboard", str(tmp_path), "--out", str(tmp_path / "page.html")])
+
+
+def test_a_run_copied_without_its_checkpoints_is_no_model(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 4, 0)
+    for words in (["average", str(run), "--length", "0.1"], ["sample", str(run), "a"]):
+        with pytest.raises(InputError, match="is a run without its folder checkpoints"):
+            dispatch(words)

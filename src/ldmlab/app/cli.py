@@ -146,7 +146,7 @@ class _Once(argparse.Action):
     ) -> None:
         assert isinstance(parser, Parser)
         before = parser.given.setdefault(self.dest, values)
-        if option_string and before != values:
+        if option_string and before is not values and before != values:
             pair = f"{shown(str(before))}, {shown(str(values))}"
             raise InputError(f"{option_string} is given twice ({pair}), and takes one value; leave one of them out.")
         setattr(namespace, self.dest, values)

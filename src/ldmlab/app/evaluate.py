@@ -273,7 +273,7 @@ def run_record(folder: Path) -> dict[str, Any]:
 
 
 def curves(model: Path) -> dict[str, Path]:
-    """metrics.csv of the run, and of the runs its parts come from where they are still there."""
+    """metrics.csv of the run, and of the runs its parts come from where they are still there; damaged: InputError."""
     config = run_config(model)
     nodes = config["conditioner"] if isinstance(config.get("conditioner"), Mapping) else {}
     runs = {"first stage": config.get("from_run")}
@@ -281,7 +281,7 @@ def curves(model: Path) -> dict[str, Path]:
     found = {part: Path(run) / "metrics.csv" for part, run in runs.items() if isinstance(run, str) and run}
     if config:
         found["denoiser"] = model / "metrics.csv"
-    return {title: path for title, path in found.items() if path.is_file()}
+    return {title: path for title, path in found.items() if path.is_file() and read_curves(path)}
 
 
 def changed(node: Mapping[str, Any]) -> list[str]:

@@ -98,6 +98,8 @@ def _read(folder: Path) -> RunRecord:
         node = ((config.get("callbacks") or {}).get("scores") or {}).get("features") or {}
         shown = " ".join(str(value) for name, value in node.items() if name != "run")
         features = _NETWORKS.get(str(node.get("_target_")).rpartition(".")[2], shown)
+    except InputError as error:
+        raise InputError(f"{str(error).rstrip('.')}, or leave this run out.") from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise InputError(

@@ -5,11 +5,13 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from ldmlab import format1
 from ldmlab.errors import InputError
+from ldmlab.files import read_text
 from ldmlab.report.line_chart import Chart, Points
 from ldmlab.report.page_content import DASH, Charts, Row, Section, Table
 from ldmlab.report.score_lines import ScoreLine, called, number_text, score_line, score_text
@@ -39,13 +41,12 @@ def read_curves(path: Path) -> dict[str, Points]:
 def metric_rows(path: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv by today's names of the columns."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [
-                {format1.metric(name): text for name, text in row.items() if name and isinstance(text, str)}
-                for row in csv.DictReader(file)
-            ]
+        return [
+            {format1.metric(name): text for name, text in row.items() if name and isinstance(text, str)}
+            for row in csv.DictReader(StringIO(read_text(path), newline=""))
+        ]
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}); restore it, or leave this run out.") from None
+        raise InputError(f"{path} cannot be read ({error}); restore or delete it, or leave this run out.") from None
 
 
 def _number(text: str | None) -> float | None:
