@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ldmlab import sharded
 from ldmlab.disks import open_regular
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 from ldmlab.files import write_atomically
 
 _KINDS = (  # first bytes of a file => what it is and what to do
@@ -52,18 +52,16 @@ def unreadable(path: Path, error: Exception) -> str:
     header = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header < 100_000_000:
         cut = f"; it ends after {size} bytes, within its header" if size < 8 + header else ""
-        return f"it is a safetensors file{cut}" if path.suffix != ".safetensors" else f"{first_line(error)}{cut}"
+        return f"it is a safetensors file{cut}" if path.suffix != ".safetensors" else f"{_reason(error)}{cut}"
     if wanted := re.search(r"(?:GLOBAL|global:?) ([\w.]+)", str(error)):  # by torch's reader of plain data
         return f"it refers to {wanted[1]}, which could run any code"
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    return next(
-        (kind for first, kind in _KINDS if text.startswith(first) or start.startswith(first)), first_line(error)
-    )
+    return next((kind for first, kind in _KINDS if text.startswith(first) or start.startswith(first)), _reason(error))
 
 
-def first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """The reason in torch's message, without its advice to load with weights_only=False."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     return line.partition("Weights only load failed")[0].strip()[:200] or "more than plain tensors, or damaged"
 
 
@@ -115,7 +113,7 @@ def load_checkpoint(path: Path, *, lazily: bool = False, process: tuple[int, int
     try:
         content = sharded.attach(content, folder, process)
     except Exception as error:
-        raise InputError(f"{path} cannot be read as a checkpoint ({first_line(error)}); use another one.") from error
+        raise InputError(f"{path} cannot be read as a checkpoint ({_reason(error)}); use another one.") from error
     return content if lazily else sharded.whole(content)
 
 

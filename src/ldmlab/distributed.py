@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 
 T = TypeVar("T")
 _MEETING = datetime.timedelta(minutes=5)  # how long processes wait for each other at the start
@@ -100,8 +100,8 @@ def join(timeout_minutes: float | None = None) -> tuple[int, int]:
         dist.init_process_group(backend, rank=rank(), world_size=world_size(), store=store, **_chosen)
     except (RuntimeError, ValueError) as error:  # torch's own for variables, names of hosts, ports and time
         raise InputError(
-            f"the {world_size()} processes of this run did not find each other ({_first_line(error)}); start all of "
-            "them with torchrun or srun, or unset RANK and WORLD_SIZE for one process."
+            f"the {world_size()} processes of this run did not find each other ({first_line(error).rstrip('.')}); "
+            "start all of them with torchrun or srun, or unset RANK and WORLD_SIZE for one process."
         ) from error
     atexit.register(leave)
     return rank(), world_size()
@@ -167,11 +167,7 @@ def lost(error: Exception) -> str | None:
     ):  # the group may be left
         return None
     forget()
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return first_line(error).rstrip(".")
 
 
 def sum_(tensor: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: f
     return f"did you mean {near[0]}?" if near else otherwise
 
 
+def first_line(error: BaseException) -> str:
+    """Of its message, cut where it is very long; the error's type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def memory_ran_out(error: BaseException) -> bool:
     """Whether memory was exhausted: Python's, a GPU's, or the host's as torch's allocator reports it."""
     return isinstance(error, MemoryError) or (

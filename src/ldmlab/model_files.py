@@ -20,7 +20,7 @@ from torch import Tensor
 from ldmlab import format1, plugins
 from ldmlab.averaging import checked_length, reconstruct
 from ldmlab.checkpoints import load_checkpoint, load_tensors, save_tensors
-from ldmlab.errors import InputError, shown
+from ldmlab.errors import InputError, first_line, shown
 from ldmlab.files import by_step, file_sha256, write_text
 from ldmlab.sharded import STATE, laid_out
 
@@ -204,8 +204,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} cannot be read ({shown(reason)}); copy or make it again.") from None
+        raise InputError(f"{path} cannot be read ({shown(first_line(error))}); copy or make it again.") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path} holds no options by name; copy or make it again.")
     if _count(content, {}, 0) > _LARGEST_NODES:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ldmlab import distributed
 from ldmlab.app.run_records import RunRecord, by_configuration, comparison_fields, scores_of
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 from ldmlab.instantiate import instantiate
 from ldmlab.model_files import read_config, read_description
 from ldmlab.report.line_chart import COLOURS, Chart, Points
@@ -164,12 +164,8 @@ def send_scores(run_folder: Path, out: Path | None = None) -> None:
     try:
         _send(run_folder, out)
     except Exception as error:  # no network, no account, no wandb: the score is not lost for that
-        place, reason = out or run_folder, _first_line(error)
+        place, reason = out or run_folder, first_line(error)
         distributed.say(f"W&B did not take the scores ({reason}); they are in {place}, and go with the next ones.")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _send(run_folder: Path, out: Path | None) -> None:
@@ -253,6 +249,6 @@ def save_view(view: Any) -> str:
         return str(view.save().url)
     except (wandb.Error, ValueError, OSError) as error:  # no account, no network, no such project
         raise InputError(
-            f"--wandb {view.entity}/{view.project}: W&B did not save the view ({_first_line(error)}); log in with "
+            f"--wandb {view.entity}/{view.project}: W&B did not save the view ({first_line(error)}); log in with "
             "`wandb login`, or leave out --wandb for the same page as a file."
         ) from error

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ldmlab import distributed
 from ldmlab.build import load_clip, pick_device
-from ldmlab.errors import InputError, shown
+from ldmlab.errors import InputError, first_line, shown
 from ldmlab.files import read_text, write_json
 from ldmlab.metrics.features import OpenClipFeatures, clip_of_run, published_clip
 
@@ -96,7 +96,7 @@ def read_filter(path: Path, device: str = "auto") -> ConceptFilter:
     try:
         found = yaml.safe_load(read_text(path))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"--filter {path} cannot be read as yaml ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"--filter {path} cannot be read as yaml ({first_line(error)}).") from error
     if not isinstance(found, dict) or found.keys() != {"clip", "neutral", "concepts"}:
         raise InputError(
             f"--filter {path} must hold clip, neutral and concepts, and nothing else; see docs/filters.md."

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ldmlab.backbones.tokens import (
     EPSILON,
@@ -25,7 +24,7 @@ from ldmlab.backbones.tokens import (
     taken,
     unpatched,
 )
-from ldmlab.backbones.unet import check_sizes, vector_projection
+from ldmlab.backbones.unet import check_sizes, check_slots, run, vector_projection
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import KeysValues, TokenAttention, attend
@@ -229,10 +228,7 @@ class DiT(nn.Module):
 
     def _projected(self, conditioning: Conditioning) -> tuple[Tensor | None, DiTCache]:
         """Tokens (B, L, D'), and the cache with them in place of keys and values: each block makes its own."""
-        for slot in ("tokens", "vector"):
-            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
-                has = "needs" if slot in self.accepts else "does not take"
-                raise InputError(f"the DiT {has} {slot} conditioning; change conditioner or backbone.")
+        check_slots("the DiT", self.accepts, conditioning)
         dtype = self.patches.weight.dtype
         tokens, vector = (None if v is None else v.to(dtype) for v in (conditioning.tokens, conditioning.vector))
         context = None if tokens is None or self.joining is None else self.joining(tokens)
@@ -274,17 +270,12 @@ class DiT(nn.Module):
             if route is not None and number == route.first:
                 whole, kept = h, route.kept(h, joined)
                 h, turns = taken(h, rotation, kept)
-            h = self._run(block, h, condition, turns, kv)
+            h = run(self.gradient_checkpointing, block, h, condition, turns, kv)
             if route is not None and number == route.last:
                 h, turns = returned(whole, h, kept), rotation
         shift, scale = self.modulation_out(conditions[-1]).chunk(2, dim=1)
         out = self.out(modulate(self.norm_out(h[:, joined:]), shift, scale))  # (B, N, p p C)
         return unpatched(out, self.size_step, rows, columns)[:, : self.out_channels]
-
-    def _run(self, block: nn.Module, *inputs: object) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _places(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Rotation | None]:
         """Positions added to the patches, (N, D), and rotations of queries and keys; computed once a size."""

@@ -5,13 +5,12 @@ Shapes: B batch, C channels, h w latent size, E width of the embedding, N = h w.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ldmlab.backbones.unet import check_sizes, check_slots, only_middle
+from ldmlab.backbones.unet import check_sizes, check_slots, only_middle, run
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend, to_map, to_tokens
@@ -73,13 +72,6 @@ def heads_of(width: int, head_channels: int) -> int:
             "choose a divisor of every such width, or attention_downsampling and middle_attention without it."
         )
     return heads
-
-
-def run(again: bool, block: nn.Module, *inputs: object) -> Tensor:
-    """The block's output; again: recomputed in the backward pass."""
-    if again and torch.is_grad_enabled():
-        return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-    return cast(Tensor, block(*inputs))
 
 
 @region

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.backbones.edm2_unet import Role, heads_of, pyramid, run
-from ldmlab.backbones.unet import check_sizes, check_slots
+from ldmlab.backbones.edm2_unet import Role, heads_of, pyramid
+from ldmlab.backbones.unet import check_sizes, check_slots, run
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.attention import attend, to_map, to_tokens

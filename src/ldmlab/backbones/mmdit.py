@@ -9,10 +9,9 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ldmlab.backbones.tokens import TIME_CHANNELS, chosen_block, gained_norm, modulate, plain_norm, unpatched
-from ldmlab.backbones.unet import check_sizes
+from ldmlab.backbones.unet import check_sizes, check_slots, run
 from ldmlab.contracts import Conditioning, Prepared
 from ldmlab.errors import InputError
 from ldmlab.nn.attention import attend
@@ -191,10 +190,7 @@ class MMDiT(nn.Module):
 
     def prepare(self, conditioning: Conditioning) -> Prepared:
         """The tokens at the network's width, and the projected vector."""
-        for slot in ("tokens", "vector"):
-            if (slot in self.accepts) != (getattr(conditioning, slot) is not None):
-                has = "needs" if slot in self.accepts else "does not take"
-                raise InputError(f"the MMDiT {has} {slot} conditioning; change conditioner or backbone.")
+        check_slots("the MMDiT", self.accepts, conditioning)
         dtype = self.patches.weight.dtype
         tokens, vector = cast(Tensor, conditioning.tokens).to(dtype), conditioning.vector
         if self.pooled_width:
@@ -221,10 +217,7 @@ class MMDiT(nn.Module):
             condition = condition + self.numbers(given.numbers)
         condition = F.silu(condition if vector is None else condition + vector)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                h, context = checkpoint(block, h, context, condition, use_reentrant=False)
-            else:
-                h, context = block(h, context, condition)
+            h, context = run(self.gradient_checkpointing, block, h, context, condition)
         scale, shift = self.modulation_out(condition).chunk(2, dim=1)
         return unpatched(self.out(modulate(self.norm_out(h), shift, scale)), self.size_step, rows, columns)
 

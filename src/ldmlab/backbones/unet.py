@@ -6,7 +6,7 @@ Shapes: B batch, C channels, h w latent size, E = 4 model_channels, L conditioni
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, repeat
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -248,9 +248,12 @@ class UNet(ChannelsLast):
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor, kv: Iterator[list[CrossKV] | Tensor | None]) -> Tensor:
         part = next(kv) if isinstance(block.attention, SpatialTransformer) else None
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, part, use_reentrant=False)
-        return block(h, emb, part)
+        return run(self.gradient_checkpointing, block, h, emb, part)
+
+
+def run(again: bool, block: nn.Module, *inputs: object) -> Any:
+    """The block's output; again: recomputed in the backward pass."""
+    return checkpoint(block, *inputs, use_reentrant=False) if again and torch.is_grad_enabled() else block(*inputs)
 
 
 def check_slots(network: str, accepts: frozenset[str], conditioning: Conditioning) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ldmlab.checkpoints import load_tensors
 from ldmlab.conditioners.text import Captions
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 from ldmlab.nn.blocks import RMSNorm, pooled_first
 from ldmlab.nn.openclip import ClipTokens, make_tokenizer
 from ldmlab.nn.openclip_towers import build_text_tower
@@ -212,7 +212,7 @@ class Sd3Tokens:
         try:
             tokenizer = Tokenizer.from_file(str(self.path))
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)
             raise InputError(f"conditioner.vocab={self.path} is no tokenizer.json of T5 ({reason}).") from None
         tokenizer.enable_truncation(self.length)
         tokenizer.enable_padding(length=self.length, pad_id=0, pad_token="<pad>")

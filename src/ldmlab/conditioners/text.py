@@ -21,7 +21,7 @@ from torch import Tensor
 from ldmlab.checkpoints import fingerprint, load_tensors
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 from ldmlab.files import weights_folder
 from ldmlab.nn.attention import TransformerEncoder
 from ldmlab.nn.openclip import ClipTokens, build_clip, check_source, make_tokenizer
@@ -222,7 +222,7 @@ class WordPiece:
                 return models.WordPiece(dict(table), unk_token=_UNKNOWN)
             return models.WordPiece.from_file(str(self.path), unk_token=_UNKNOWN)
         except Exception as error:  # the library raises bare ones
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)
             raise InputError(f"conditioner.vocab={self.path} cannot be read as a vocabulary ({reason}).") from None
 
 

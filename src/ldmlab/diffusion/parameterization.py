@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level, Noised, Path, Prediction
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 
 Rates = tuple[Tensor, Tensor]  # d alpha / d s and d sigma / d s, from data to noise
 
@@ -89,8 +89,7 @@ class VelocityPrediction:
 
     def __init__(self, towards: str = "noise") -> None:
         """towards: noise (SD3, REPA) | data (SiT, LightningDiT, whose time runs that way)."""
-        if towards not in ("noise", "data"):
-            raise InputError(f"diffusion.prediction.towards={towards} is unknown; choose noise or data.")
+        one_of("diffusion.prediction.towards", towards, ("noise", "data"))
         self.sign = 1 if towards == "noise" else -1
 
     def target(self, clean: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, rates: Rates) -> Tensor:

@@ -36,7 +36,7 @@ class LogitNormalTimes(UniformTimes):
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, strata: int | None = None) -> None:
         super().__init__(strata)
-        self.mean, self.std = mean, checked_std("time_sampling", std)
+        self.mean, self.std = mean, checked_std(std)
 
     def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor:
         normal = torch.special.ndtri(self.stratified(u, position))
@@ -73,7 +73,7 @@ class LogNormalSigma(SigmaTimes):
 
     def __init__(self, mean: float = -1.2, std: float = 1.2, strata: int | None = None) -> None:
         super().__init__(strata)
-        self.mean, self.std = mean, checked_std("time_sampling", std)
+        self.mean, self.std = mean, checked_std(std)
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.exp(self.mean + self.std * torch.special.ndtri(u))
@@ -88,7 +88,7 @@ class SplitLogNormalSigma(SigmaTimes):
         """mean: of log sigma, the mode."""
         super().__init__(strata)
         self.mean = mean
-        self.below, self.above = (checked_std("time_sampling", std) for std in (std_below, std_above))
+        self.below, self.above = (checked_std(std) for std in (std_below, std_above))
 
     def quantile(self, u: Tensor) -> Tensor:
         """mean + std n of a normal n below 0 with probability std_below / (std_below + std_above)."""
@@ -122,7 +122,7 @@ class LogLogisticSigma(SigmaTimes):
         strata: int | None = None,
     ) -> None:
         super().__init__(strata)
-        self.mean, self.scale = mean, checked_std("time_sampling", scale, "scale")
+        self.mean, self.scale = mean, checked_std(scale, "scale")
         self.range = checked_range(sigma_min, sigma_max)
 
     def quantile(self, u: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class AngleSigma(SigmaTimes):
         self, sigma_data: float = 1.0, sigma_min: float = 0.0, sigma_max: float = math.inf, strata: int | None = None
     ) -> None:
         super().__init__(strata)
-        self.sigma_data = checked_std("time_sampling", sigma_data, "sigma_data")
+        self.sigma_data = checked_std(sigma_data, "sigma_data")
         self.range = checked_range(sigma_min, sigma_max)
 
     def quantile(self, u: Tensor) -> Tensor:
@@ -189,8 +189,8 @@ def checked_range(low: float, high: float, least: float = 0.0) -> tuple[float, f
     return low, high
 
 
-def checked_std(option: str, std: float, name: str = "std") -> float:
+def checked_std(std: float, name: str = "std") -> float:
     """A deviation above 0."""
     if not std > 0:
-        raise InputError(f"diffusion.{option}.{name}={std} must be above 0.")
+        raise InputError(f"diffusion.time_sampling.{name}={std} must be above 0.")
     return std

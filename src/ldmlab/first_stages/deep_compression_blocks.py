@@ -6,7 +6,6 @@ Tensors have the names of diffusers' AutoencoderDC. C, D: channels; H heads of w
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ldmlab.errors import InputError, one_of
 from ldmlab.nn.blocks import conv3
 from ldmlab.nn.compiling import region
+from ldmlab.nn.numerics import full_precision
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -95,8 +95,7 @@ class LinearAttention(nn.Module):
 
 def relu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, d, h w) each => (B, H, d, h w), float32."""
-    device = q.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(q):
         q, k, v = q.float().relu(), k.float().relu(), v.float()
         sums = F.pad(v, (0, 0, 0, 1), value=1.0) @ k.transpose(2, 3) @ q  # (B, H, d + 1, h w)
         return sums[:, :, :-1] / (sums[:, :, -1:] + 1e-15)

@@ -8,14 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldmlab.errors import InputError
-from ldmlab.first_stages.quantiser import (
-    MOST_CODES,
-    Quantised,
-    Quantiser,
-    check_entropies,
-    full_precision,
-    softmax_entropies,
-)
+from ldmlab.first_stages.quantiser import MOST_CODES, Quantised, Quantiser, check_entropies, softmax_entropies
+from ldmlab.nn.numerics import full_precision
 
 _LOGITS_AT_ONCE = 2**25  # bounds the memory of decoding to 128 MiB
 _EPSILON = 1e-5  # added to the shares of codes before their logarithm, as released

@@ -14,14 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab.errors import InputError, one_of
-from ldmlab.first_stages.quantiser import (
-    MOST_CODES,
-    Quantised,
-    Quantiser,
-    bit_entropies,
-    check_entropies,
-    full_precision,
-)
+from ldmlab.first_stages.quantiser import MOST_CODES, Quantised, Quantiser, bit_entropies, check_entropies
+from ldmlab.nn.numerics import full_precision
 
 _INSIDE = 1e-3  # FSQ: share of the range that rounding never reaches
 _LFQ_EPSILON, _BSQ_EPSILON = 1e-5, 1e-8  # added to the shares of codes before their logarithm, as released

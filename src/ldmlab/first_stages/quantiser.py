@@ -9,7 +9,6 @@ the batch is taken over the micro-batches of all processes, so that processes gi
 """
 
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ldmlab.distributed import joined, mean_, sum_, world_size
 from ldmlab.errors import InputError
+from ldmlab.nn.numerics import full_precision
 
 
 def softmax_entropies(logits: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -109,12 +109,6 @@ class Quantiser(nn.Module, ABC):
     def update(self) -> Tensor | None:
         """Once a training step; (K,) bool, which codes may be new ones, or None."""
         return None
-
-
-def full_precision(values: Tensor) -> AbstractContextManager[object]:
-    """No autocast: half precision would confuse neighbouring codes. Meta tensors know none."""
-    device = values.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class VectorQuantiser(Quantiser):

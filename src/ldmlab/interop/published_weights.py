@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 from ldmlab.files import file_sha256, weights_folder, write_atomically
 
 Advance = Callable[[int, int], None]  # bytes so far, bytes in all (0: unknown)
@@ -101,7 +101,7 @@ def fetch_clip(model: str, pretrained: str) -> Path:
     try:
         loaded = Path(open_clip.download_pretrained(settings, cache_dir=str(weights_folder() / "clip" / "downloads")))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"{model} {pretrained} cannot be fetched ({reason}); try again with internet.") from error
     path = weights_folder() / f"{published_stem(model, pretrained)}{loaded.suffix}"
     os.link(loaded.resolve(), path)  # the hub's own folder names it by its hash

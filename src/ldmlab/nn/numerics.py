@@ -1,8 +1,10 @@
-"""How a GPU multiplies float32: fast in training and sampling, exactly where images are measured."""
+"""How float32 is multiplied: fast in training and sampling, exactly where images are measured, or without autocast."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
+from torch import Tensor
 from torch.backends import cuda, cudnn
 
 
@@ -11,6 +13,12 @@ def fast() -> None:
     cuda.matmul.allow_tf32 = True  # float32_matmul_precision "high", for GPUs alone
     cudnn.allow_tf32 = True
     cudnn.benchmark = True
+
+
+def full_precision(values: Tensor) -> AbstractContextManager[object]:
+    """No autocast: half precision would confuse neighbouring codes. Meta tensors know none."""
+    device = values.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @contextmanager

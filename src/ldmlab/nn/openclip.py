@@ -16,7 +16,7 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError, did_you_mean, one_of, shown
+from ldmlab.errors import InputError, did_you_mean, first_line, one_of, shown
 from ldmlab.files import weights_folder
 from ldmlab.nn.blocks import LayerNorm
 from ldmlab.nn.compiling import region
@@ -146,9 +146,8 @@ def _published(name: str, pretrained: str | None) -> tuple[Any, Config]:
         )
         config = open_clip.get_model_config(name)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"clip.name={name} with clip.pretrained={pretrained} cannot be loaded ({reason}); "
+            f"clip.name={name} with clip.pretrained={pretrained} cannot be loaded ({first_line(error)}); "
             "give the path of weights that belong to this model."
         ) from error
     gelu = any(isinstance(module, QuickGELU) for module in model.modules())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.errors import InputError, did_you_mean
+from ldmlab.errors import InputError, did_you_mean, first_line
 
 
 class TimmNetwork(nn.Module):
@@ -69,9 +69,8 @@ def _loaded(model: str, path: Path | None, image_size: int | None, option: str) 
         prepare = getattr(__import__(type(network).__module__, fromlist=["_"]), "checkpoint_filter_fn", None)
         network.load_state_dict(prepare(kept, network) if prepare else kept)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"{option}.model={model} with {option}.weights={path} and {option}.image_size={image_size} cannot be "
-            f"built ({reason}); give weights and a size that belong to this model."
+            f"built ({first_line(error)}); give weights and a size that belong to this model."
         ) from error
     return network

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldmlab import format1
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, first_line
 from ldmlab.files import read_text
 
 VERSIONS = (1, 2)
@@ -25,8 +25,7 @@ def read_record(path: Path, way_out: str, versions: Sequence[int] = VERSIONS) ->
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path} cannot be read ({reason}); {way_out}") from None
+        raise InputError(f"{path} cannot be read ({first_line(error)}); {way_out}") from None
     version = found.get("format_version") if isinstance(found, dict) else None
     if version not in versions or isinstance(version, bool):
         what = f"has format_version={str(version)[:40]}" if isinstance(found, dict) else "is not a JSON object"

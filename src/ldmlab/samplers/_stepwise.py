@@ -119,9 +119,13 @@ class Churn:
         if not (math.isfinite(ratio) and self.low * (1 - _ROUNDING) <= ratio <= self.high * (1 + _ROUNDING)):
             return x, here
         up = path.level_at(ratio * (1 + min(self.amount / steps, math.sqrt(2) - 1)))
-        change = up.alpha / here.alpha
-        added = math.sqrt(max(up.sigma**2 - (change * here.sigma) ** 2, 0.0))
-        return change * x + self.scale * added * noise(number), up
+        return noised(x, here, up, noise(number), self.scale), up
+
+
+def noised(x: Tensor, here: Level, up: Level, noise: Tensor, scale: float = 1.0) -> Tensor:
+    """x at a noisier level; scale: of the added noise."""
+    change = up.alpha / here.alpha
+    return change * x + scale * math.sqrt(max(up.sigma**2 - (change * here.sigma) ** 2, 0.0)) * noise
 
 
 def further(denoise: Denoise, here: Level) -> Denoise:
@@ -240,7 +244,7 @@ def _place(level: Level, variable: str, path: Path | None) -> float:
         return 0.0
     if variable == "position" and path is not None:
         timed = path.level_at(level.sigma / level.alpha) if level.time is None else level  # the end of a grid
-        return float(path.position(_time(timed)))
+        return float(path.position(time_of(timed)))
     return (level.sigma / level.alpha) ** (1 if variable == "sigma" else 2)
 
 
@@ -254,10 +258,11 @@ def _level(place: float, variable: str, path: Path | None) -> Level:
 def _slope(x: Tensor, clean: Tensor, level: Level, variable: str, path: Path | None) -> Tensor:
     noise = noise_of(x, clean, level)
     if variable == "position" and path is not None:
-        d_alpha, d_sigma = (float(rate) for rate in path.rates(_time(level)))
+        d_alpha, d_sigma = (float(rate) for rate in path.rates(time_of(level)))
         return d_alpha * clean + d_sigma * noise
     return noise if variable == "sigma" else noise * (0.5 * level.alpha / level.sigma)
 
 
-def _time(level: Level) -> Tensor:
+def time_of(level: Level) -> Tensor:
+    """The time of a level that is not the end of a grid, (1,) float64."""
     return torch.tensor([level.time], dtype=torch.float64)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ldmlab.contracts import AfterStep, Denoise, Level, Noise
 from ldmlab.errors import InputError
+from ldmlab.samplers._stepwise import noised
 from ldmlab.samplers.heun import Heun
 
 
@@ -38,7 +39,7 @@ class Restart(Heun):
             x = self._one(denoise, x, pair, number, noise, None if first <= number < last and turns else after_step)
             if number + 1 == last:
                 for turn in range(turns):
-                    x, noises = _noised(x, grid[last], grid[first], noise(noises)), noises + 1
+                    x, noises = noised(x, grid[last], grid[first], noise(noises)), noises + 1
                     shown = after_step if turn + 1 == turns else None
                     for again in range(first, last):
                         x = self._one(denoise, x, (grid[again], grid[again + 1]), again, noise, shown)
@@ -53,8 +54,3 @@ class Restart(Heun):
 
 def _nearest(ratios: list[float], value: float) -> int:
     return min(range(len(ratios)), key=lambda i: abs(math.log(ratios[i] / value)) if ratios[i] > 0 else math.inf)
-
-
-def _noised(x: Tensor, here: Level, up: Level, noise: Tensor) -> Tensor:
-    change = up.alpha / here.alpha
-    return change * x + math.sqrt(max(up.sigma**2 - (change * here.sigma) ** 2, 0.0)) * noise

@@ -7,12 +7,11 @@ has the same distributions at every s whatever w is.
 
 import math
 
-import torch
 from torch import Tensor
 
 from ldmlab.contracts import Level
 from ldmlab.errors import InputError, one_of
-from ldmlab.samplers._stepwise import Step, Stepwise, checked_temperature, first_order, noise_of
+from ldmlab.samplers._stepwise import Step, Stepwise, checked_temperature, first_order, noise_of, time_of
 
 FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing_decreasing")
 LAST = ("mean", "euler", "tweedie")
@@ -89,13 +88,9 @@ class Sde(Stepwise):
 
     def _position(self, level: Level) -> float:
         assert self.path is not None
-        return 0.0 if level.time is None else float(self.path.position(_one(level)))
+        return 0.0 if level.time is None else float(self.path.position(time_of(level)))
 
     def _rates(self, level: Level) -> tuple[float, float]:
         assert self.path is not None
-        d_alpha, d_sigma = self.path.rates(_one(level))
+        d_alpha, d_sigma = self.path.rates(time_of(level))
         return float(d_alpha), float(d_sigma)
-
-
-def _one(level: Level) -> Tensor:
-    return torch.tensor([level.time], dtype=torch.float64)

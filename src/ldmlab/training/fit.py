@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_exactly
-from ldmlab.errors import InputError, memory_ran_out
+from ldmlab.errors import InputError, first_line, memory_ran_out
 from ldmlab.training import precision
 from ldmlab.training.callbacks.average_snapshots import Averaging
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
@@ -207,8 +207,7 @@ def _introduce(
 
 def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:
     """The InputError for a dead loader worker or process, exhausted memory, and options that Lightning cannot use."""
-    text = str(error).strip() or type(error).__name__
-    reason = text.splitlines()[0][:200].rstrip(".")
+    text, reason = str(error).strip() or type(error).__name__, first_line(error).rstrip(".")
     newest = checkpoints.last()
     kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
     if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.sharded import StoredTensor, laid_out
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -37,8 +37,7 @@ class AdamW:
             raise InputError(f"optimizer.weight_decay={self.weight_decay} must be a number of 0 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"optimizer.betas={self.betas} must be two numbers in [0, 1), such as [0.9,0.999].")
-        if self.lr_scaling not in ("none", "official"):
-            raise InputError(f"optimizer.lr_scaling={self.lr_scaling} is unknown; choose none or official.")
+        one_of("optimizer.lr_scaling", self.lr_scaling, ("none", "official"))
 
     @property
     def rate(self) -> float:

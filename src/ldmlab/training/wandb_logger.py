@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldmlab import distributed
-from ldmlab.errors import InputError
+from ldmlab.errors import InputError, one_of
 from ldmlab.files import write_text
 from ldmlab.training.checkpointing import Checkpoints
 from ldmlab.training.loggers import read_metrics
@@ -52,8 +52,7 @@ class WandB(WandbLogger):
     ) -> None:
         self.mode, self.upload, self.panel_px = chosen_mode(mode), upload, panel_px
         for name, choices in (("mode", MODES), ("upload", ("none", "best", "last"))):
-            if getattr(self, name) not in choices:
-                raise InputError(f"logger.wandb.{name}={getattr(self, name)} is unknown; choose {', '.join(choices)}.")
+            one_of(f"logger.wandb.{name}", getattr(self, name), choices)
         if panel_px < 16:
             raise InputError(f"logger.wandb.panel_px={panel_px} shows nothing; use 16 or more.")
         self.project, self.entity, self.group = project, entity, group
