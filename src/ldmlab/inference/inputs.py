@@ -18,7 +18,7 @@ from ldmlab.annotations import WHOLE
 from ldmlab.contracts import Guider
 from ldmlab.diffusion.given_image import GivenImage
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
-from ldmlab.errors import InputError, check_text
+from ldmlab.errors import InputError
 from ldmlab.files import read_text
 from ldmlab.inference.input_images import IMAGES, LOOKED_AT, ON_THE_IMAGE, SMALL, given_image, on_canvas, row
 
@@ -126,7 +126,8 @@ def checked_text(field: str, value: Any) -> None:
     """Captions are text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise InputError(f"{field}={value!r:.60} is not text; give a caption in quotes.")
-    check_text(field, value)
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{field}={value!r:.60} holds half of a surrogate pair; type it again.")
 
 
 def boxes_of(value: Any) -> Any:
