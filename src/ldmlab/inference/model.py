@@ -18,7 +18,7 @@ from ldmlab.diffusion.guidance import Guidance
 from ldmlab.diffusion.latent_diffusion import LatentDiffusion
 from ldmlab.diffusion.parameterization import begun
 from ldmlab.diffusion.respacing import POWERS
-from ldmlab.errors import InputError, one_of
+from ldmlab.errors import InputError
 from ldmlab.first_stages.tiled import TiledFirstStage
 from ldmlab.inference.input_images import finished, started_at
 from ldmlab.inference.inputs import Inputs, ReadsInputs, check_size, different, has_images, implied_size, rows_of
@@ -74,7 +74,8 @@ class LoadedModel(ReadsInputs):
 
     def in_precision(self, precision: str) -> "LoadedModel":
         """The same model; its networks compute in float32 | bfloat16 | float16."""
-        one_of("precision", precision, PRECISIONS)
+        if precision not in PRECISIONS:
+            raise InputError(f"precision={precision} is unknown; choose {', '.join(PRECISIONS)}.")
         self.precision = precision
         return self
 
