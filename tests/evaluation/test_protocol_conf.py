@@ -159,6 +159,7 @@ def test_a_scale_of_one_in_a_sweep_is_without_guidance() -> None:
         ({"sweep": {"guidance": [1]}}, "protocol.sweep=guidance is unknown; choose one of steps, guidance_scale"),
         ({"sweep": {"seed": [1]}}, "protocol.sweep=seed is unknown"),
         ({"sweep": {"guidance_scale": [1, 2, 1]}}, r"guidance_scale=\[1, 2, 1\] names a value twice"),
+        ({"sweep": {"guidance_scale": [1, 1.0]}}, r"guidance_scale=\[1, 1.0\] names a value twice"),
         ({"sweep": {"guidance_scale": []}}, r"protocol.sweep.guidance_scale=\[\] is no list of values"),
         ({"sweep": {"weak_model": "runs/a"}}, "protocol.sweep.weak_model=runs/a is no list of values"),
         ({"sweep_seeds": 3}, "protocol.sweep_seeds=3 has nothing to repeat; choose 1, or give protocol.sweep"),

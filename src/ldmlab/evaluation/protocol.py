@@ -119,7 +119,7 @@ class Protocol:
             one_of("protocol.sweep", name, known)
             if isinstance(values, str | int | float | None) or not len(values):
                 raise InputError(f"protocol.sweep.{name}={values} is no list of values; give for instance [1,1.5,2].")
-            if len({str(value) for value in values}) < len(values):
+            if len({str(float(one) if isinstance(one, int | float) else one) for one in values}) < len(values):
                 raise InputError(f"protocol.sweep.{name}={list(values)} names a value twice; give each once.")
 
     def settings(self, **changes: Any) -> SampleSettings:
