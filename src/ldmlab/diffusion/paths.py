@@ -183,7 +183,11 @@ class CosinePath(ContinuousPath):
 
 
 class VariancePreservingPath(ContinuousPath):
-    """log alpha = -s^2 (beta_max - beta_min) / 4 - s beta_min / 2, sigma^2 = 1 - alpha^2 (Song et al. 2021, eq. 33)."""
+    """log alpha = -s^2 (beta_max - beta_min) / 4 - s beta_min / 2, sigma^2 = 1 - alpha^2 (Song et al. 2021, eq. 33).
+
+    Beyond the clean end, where adaptive solvers look, sigma is -sqrt(alpha^2 - 1) with a slope by which the flow of a
+    velocity or a score is that of the same formula in s.
+    """
 
     def __init__(
         self,
@@ -203,12 +207,13 @@ class VariancePreservingPath(ContinuousPath):
 
     def curve(self, s: Tensor) -> Pair:
         log_alpha = -0.25 * s**2 * self.width - 0.5 * s * self.beta_min
-        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()
+        variance = -torch.expm1(2 * log_alpha)
+        return log_alpha.exp(), variance.sign() * variance.abs().sqrt()
 
     def slopes(self, s: Tensor) -> Pair:
         alpha, sigma = self.curve(s)
         slope = -0.5 * (s * self.width + self.beta_min) * alpha
-        return slope, -alpha * slope / sigma
+        return slope, torch.where(sigma < 0, (sigma**2 - 1) / alpha, -alpha) * slope / sigma
 
     def position_of(self, ratio: Tensor) -> Tensor:
         twice = torch.log1p(ratio**2)  # -2 log alpha
