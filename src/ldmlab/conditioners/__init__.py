@@ -6,7 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from ldmlab.contracts import Encode, LatentSpec
-from ldmlab.errors import check_fraction
+from ldmlab.errors import InputError, check_fraction
+
+
+def check_classes(field: str, numbers: Tensor, option: str, classes: int) -> None:
+    """InputError for numbers outside 0 .. classes - 1; not on a GPU, since reading them would wait for it."""
+    on_cpu = type(numbers) is Tensor and numbers.device.type == "cpu"
+    if on_cpu and numbers.numel() and not 0 <= int(numbers.min()) <= int(numbers.max()) < classes:
+        raise InputError(
+            f"{field} {int(numbers.min())} .. {int(numbers.max())} does not fit {option}={classes}; "
+            "set the number of classes of the data, numbered from 0."
+        )
 
 
 class BaseConditioner(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.conditioners import BaseConditioner
+from ldmlab.conditioners import BaseConditioner, check_classes
 from ldmlab.contracts import Encode
 from ldmlab.errors import InputError, one_of
 
@@ -34,17 +34,9 @@ class ClassEmbedder(BaseConditioner):
 
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """The vectors of `class_id` (B,); numbers outside 0 .. classes - 1 are refused."""
-        return self._rows(self._checked(batch))
-
-    def _checked(self, batch: dict[str, Any]) -> Tensor:
         ids = torch.as_tensor(batch["class_id"])
-        on_cpu = type(ids) is Tensor and ids.device.type == "cpu"  # reading would wait for a GPU
-        if on_cpu and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.classes:
-            raise InputError(
-                f"class_id {int(ids.min())} .. {int(ids.max())} does not fit conditioner.classes={self.classes}; "
-                "set the number of classes of the data, numbered from 0."
-            )
-        return ids
+        check_classes("class_id", ids, "conditioner.classes", self.classes)
+        return self._rows(ids)
 
     def check(self, fields: Mapping[str, Any]) -> None:
         """Refuse a class that the model was not trained on."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ldmlab.conditioners import BaseConditioner
+from ldmlab.conditioners import BaseConditioner, check_classes
 from ldmlab.contracts import Encode
 from ldmlab.errors import InputError, one_of
 
@@ -40,12 +40,7 @@ class SpatialRescaler(BaseConditioner):
     def forward(self, batch: dict[str, Any], encode: Encode) -> Tensor:
         """Label maps `segmentation` (B, H, W), 0 .. classes - 1 => (B, channels, h, w)."""
         labels = torch.as_tensor(batch["segmentation"])
-        on_cpu = type(labels) is Tensor and labels.device.type == "cpu"  # reading would wait for a GPU
-        if on_cpu and labels.numel() and not 0 <= labels.min() <= labels.max() < self.classes:
-            raise InputError(
-                f"segmentation {int(labels.min())} .. {int(labels.max())} does not fit "
-                f"conditioner.classes={self.classes}; set the number of classes of the data, numbered from 0."
-            )
+        check_classes("segmentation", labels, "conditioner.classes", self.classes)
         if self.channels is None:
             return self.rescale(F.one_hot(labels.long(), self.classes).movedim(-1, 1).float())
         # The convolution and the resize commute; a table look-up first spares maps of `classes` channels.

@@ -17,6 +17,7 @@ from ldmlab.diffusion.parameterization import EpsPrediction, Parameterization
 from ldmlab.diffusion.schedule import as_path, levels_of
 from ldmlab.diffusion.time_sampling import UniformTimes
 from ldmlab.errors import InputError, one_of
+from ldmlab.nn.pixels import cosine_basis
 
 
 class L2:
@@ -47,7 +48,7 @@ class MultiScaleLoss(L2):
         self.scales = scales
 
     def __call__(self, output: Tensor, target: Tensor, factor: Tensor | None, at: Noised) -> Tensor:
-        down, across = (cosine_basis(side, output) for side in output.shape[2:])
+        down, across = (cosine_basis(side, output.device).float() for side in output.shape[2:])
         found = down @ (output - target) @ across.T  # (B, C, h, w)
         height, width = (self.frequency_weights(side, output) for side in output.shape[2:])
         squares = torch.minimum(height[:, None], width) * found.square()
@@ -56,14 +57,6 @@ class MultiScaleLoss(L2):
     def frequency_weights(self, side: int, like: Tensor) -> Tensor:
         """(side,), of frequencies 1 / 2 side .. 1 / 2."""
         return -torch.linspace(0.5 / side, 0.5, side, device=like.device).log2().clamp_min(-self.scales)
-
-
-def cosine_basis(side: int, like: Tensor) -> Tensor:
-    """The orthonormal cosine transform (DCT-II), (side, side) float32: rows are frequencies."""
-    k = torch.arange(side, device=like.device, dtype=torch.float64)
-    basis = torch.cos(math.pi / side * k[:, None] * (k + 0.5)) * math.sqrt(2 / side)
-    basis[0] /= math.sqrt(2)
-    return basis.float()
 
 
 class CosineLoss(L2):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ldmlab.metrics.reconstruction import codebook_use
+from ldmlab.nn.pixels import cosine_basis
 
 Number = float | None
 NOISE_SCALES = (0.0, 0.1, 0.2, 0.4, 0.8)  # of noise on latents, in deviations of their channel
@@ -48,14 +49,6 @@ def standardised(latents: Tensor) -> Tensor:
     return (x - mean) / variance.clamp_min(_EMPTY).sqrt()
 
 
-def _cosines(size: int) -> Tensor:
-    """The orthonormal DCT-II, (size, size)."""
-    k, place = torch.arange(size, dtype=torch.float64)[:, None], torch.arange(size) + 0.5
-    matrix = torch.cos(math.pi / size * k * place) * math.sqrt(2 / size)
-    matrix[0] /= math.sqrt(2)
-    return matrix
-
-
 def spectrum(latents: Tensor) -> dict[str, Any]:
     """Power of the standardised channels by frequency, from the orthonormal DCT-II, averaged over images and channels.
 
@@ -65,7 +58,7 @@ def spectrum(latents: Tensor) -> dict[str, Any]:
     above half of Nyquist's frequency, corners included; `white`: the same share of white noise.
     """
     height, width = latents.shape[2:]
-    coefficients = _cosines(height) @ standardised(latents) @ _cosines(width).T
+    coefficients = cosine_basis(height) @ standardised(latents) @ cosine_basis(width).T
     power = coefficients.square().mean(dim=(0, 1))  # (h, w)
     n = max(height, width)
     radius = n * torch.hypot(torch.arange(height)[:, None] / height, torch.arange(width) / width).double()

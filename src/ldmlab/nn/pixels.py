@@ -1,4 +1,6 @@
-"""Pixels as bytes in files and loaders, as numbers in [-1, 1] in networks."""
+"""Pixels as bytes in files and loaders, as numbers in [-1, 1] in networks, and frequencies of maps."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -30,3 +32,11 @@ def numbers_only(images: Tensor) -> Tensor:
 def as_images(pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] => uint8 (B, H, W, 3) on the CPU."""
     return to_bytes(numbers_only(pixels)).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def cosine_basis(side: int, device: torch.device | None = None) -> Tensor:
+    """The orthonormal cosine transform (DCT-II), (side, side) float64: rows are frequencies."""
+    k = torch.arange(side, device=device, dtype=torch.float64)
+    basis = torch.cos(math.pi / side * k[:, None] * (k + 0.5)) * math.sqrt(2 / side)
+    basis[0] /= math.sqrt(2)
+    return basis

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ldmlab import distributed
+from ldmlab.conditioners import check_classes
 from ldmlab.diffusion.latent_space import LatentSpace
 from ldmlab.diffusion.schedule import as_path
 from ldmlab.errors import InputError, one_of
@@ -56,12 +57,8 @@ class ClassifierStage(Stage):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """As usual, but labels without an output are refused here, where reading them does not wait for the device."""
-        labels, classes = batch["class_id"], int(self.classifier.classes)  # type: ignore[arg-type]
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise InputError(
-                f"class_id {int(labels.min())} .. {int(labels.max())} does not fit classifier.classes={classes}; "
-                "set the number of classes of the data, numbered from 0."
-            )
+        classes = int(self.classifier.classes)  # type: ignore[arg-type]
+        check_classes("class_id", batch["class_id"], "classifier.classes", classes)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def losses(self, group: str, batch: Batch) -> Losses:
