@@ -106,6 +106,19 @@ def test_times_of_lightningdit() -> None:
         assert_near(LogitNormalTimes(mean)(u, position, PATHS[kind]), tensors[f"times.{name}"])
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.6)])
+def test_times_within_a_range(mean: float, std: float) -> None:
+    """As LightningDiT's, which drops those outside: the distribution of what is left."""
+    normals = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values
+    kept = torch.sigmoid(mean + std * normals)
+    kept = kept[(kept >= 0.3) & (kept <= 0.7)]
+    u = (torch.arange(len(kept), dtype=torch.float64) + 0.5) / len(kept)
+    found = LogitNormalTimes(mean, std, low=0.3, high=0.7)(u, torch.zeros(len(u)).long(), LinearPath(0.0, 1.0))
+    assert float((found - kept).abs().max()) < 0.02  # of 1,500 draws or more
+    with pytest.raises(InputError, match=r"low=0.5 and high=0.5 are no range"):
+        LogitNormalTimes(low=0.5, high=0.5)
+
+
 class Respaced:
     """Some levels of a schedule, as one of its own."""
 

@@ -32,14 +32,24 @@ class UniformTimes:
 
 
 class LogitNormalTimes(UniformTimes):
-    """Positions sigmoid(mean + std n), n normal (Esser et al. 2024, "SD3", section 3.1); mean above 0: noisier."""
+    """Positions sigmoid(mean + std n), n normal (Esser et al. 2024, "SD3", section 3.1); mean above 0: noisier.
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, strata: int | None = None) -> None:
+    low, high: none are drawn beyond these positions (LightningDiT's `partitial_train`, which counts from the noise).
+    """
+
+    def __init__(
+        self, mean: float = 0.0, std: float = 1.0, strata: int | None = None, low: float = 0.0, high: float = 1.0
+    ) -> None:
         super().__init__(strata)
         self.mean, self.std = mean, checked_std(std)
+        if not 0 <= low < high <= 1:
+            raise InputError(f"diffusion.time_sampling.low={low} and high={high} are no range within 0 .. 1.")
+        ends = torch.logit(torch.tensor([low, high], dtype=torch.float64))
+        self.low, self.high = torch.special.ndtr((ends - mean) / std).tolist()
 
     def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor:
-        normal = torch.special.ndtri(self.stratified(u, position))
+        within = self.low + (self.high - self.low) * self.stratified(u, position)
+        normal = torch.special.ndtri(within)
         return path.quantile(torch.sigmoid(self.mean + self.std * normal))
 
 
