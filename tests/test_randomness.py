@@ -160,3 +160,11 @@ def test_the_numbers_of_a_step_are_few_kernels_and_nothing_waits() -> None:
         draw(0, index, shapes, ["time", "drop.text"])
     assert len(kernels.names) <= 36, kernels.names
     assert not {"_local_scalar_dense", "nonzero", "lift_fresh", "arange", "full"} & set(kernels.names)
+
+
+def test_no_images_have_no_numbers() -> None:
+    none = torch.empty(0, dtype=torch.int64)
+    made = draw(0, none, {"noise": (3, 4)}, ["time"])
+    assert (made["noise"].shape, made["noise"].dtype) == ((0, 3, 4), torch.float32)
+    assert (made["time"].shape, made["time"].dtype) == ((0,), torch.float64)
+    assert uniform(0, "time", none, (2,)).shape == (0, 2)

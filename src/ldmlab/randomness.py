@@ -141,6 +141,8 @@ def _units(seed: int, layout: Layout, index: Tensor, step: int) -> tuple[Tensor,
         seed = max({seed})
     kept = type(index) is Tensor and not compiling  # no stand-in for one
     start = (_kept_start if kept else _start)(seed, layout, step, index.device)
+    if not (compiling or len(index)):  # no row whose words could be viewed
+        return index.new_empty((2, 2, 0, sum(count for _, count in layout)), dtype=torch.float64), start.scale
     index = index[:, None]
     low = index.to(torch.int32) if compiling else index.contiguous().view(torch.int32)[:, :1]
     first = low ^ start.second.rounds[0]  # (B, 1)

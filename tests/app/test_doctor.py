@@ -1,12 +1,15 @@
 """`ldmlab doctor` says what is here, and each fault with its way out."""
 
+import errno
 import shutil
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from ldmlab.app.cli import dispatch
+from ldmlab.app.commands import doctor
 from ldmlab.interop.published_weights import WEIGHTS
 
 
@@ -61,3 +64,17 @@ def test_a_package_that_is_missing_or_too_old(
     assert f"torch: {version('torch')} instead of >=99; run `pip install 'torch>=99'`." in out
     assert "no-such-package: missing; run `pip install 'no-such-package>=1'`." in out
     assert "pip install 'ldmlab[cluster]'" in out
+
+
+def test_a_folder_that_may_not_be_read_is_a_finding_and_the_rest_follows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> Iterator[doctor.Finding]:
+        yield doctor.Finding("first", "here")
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/weights")
+
+    monkeypatch.setattr(doctor, "weights", refused)
+    assert dispatch(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "/closed/weights cannot be read (permission denied); make it readable" in out
+    assert "plugins" in out.partition("/closed")[2]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
+from ldmlab.data.image_sources import list_source
 from ldmlab.errors import InputError
 from ldmlab.inference import grids
 from ldmlab.inference.grids import LabelFont, grid, read_settings, save_animation, save_png, table, wrap
@@ -106,3 +107,13 @@ def test_the_machines_fonts_are_asked_where_ours_lacks_a_letter() -> None:
     machine = LabelFont([word], 13)
     if grids._matching(frozenset(word) - {" "}) is not None:
         assert machine.label(word) == word
+
+
+def test_grids_beside_samples_are_no_images_to_pack_and_are_counted(tmp_path: Path) -> None:
+    for name in ("000000.png", "000001.png", "grid.png", "000001_trajectory.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    source = list_source(tmp_path)
+    assert [item.name for item in source.items] == ["000000.png", "000001.png"]
+    assert source.notes == ("2 grids and trajectories beside samples of `ldmlab sample` are left out",)
+    (tmp_path / "000000.png").unlink()  # names of one's own
+    assert [item.name for item in list_source(tmp_path).items] == ["000001.png", "000001_trajectory.png", "grid.png"]

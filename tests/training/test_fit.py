@@ -209,6 +209,7 @@ def test_weights_to_start_from_must_fit_exactly() -> None:
         ({"precision": "16-mixed"}, "trainer.precision=16-mixed needs a CUDA GPU; use bf16-mixed or 32-true on a CPU"),
         ({"compile": "cuda_graphs"}, "trainer.compile=cuda_graphs needs a CUDA GPU; use true or false on a CPU"),
         ({"max_steps": 0}, "trainer.max_steps=0 must be at least 1"),
+        ({"max_steps": 10**30}, "is more than any run can count; choose at most 1000000000000"),
         ({"averaging_decay": 1.0}, "trainer.averaging_decay=1.0 must lie"),
         ({"averaging_warmup": (1.0, 0.0)}, r"trainer.averaging_warmup=\[1.0, 0.0\] must be two numbers above 0"),
         ({"averaging_warmup": -0.1}, r"trainer.averaging_warmup=-0.1 must be two numbers above 0"),

@@ -17,6 +17,7 @@ from ldmlab.data.image_parts import MAPS
 from ldmlab.data.tars import IMAGE_ENDINGS, read_range, scan_tar
 from ldmlab.errors import InputError
 from ldmlab.files import read_text
+from ldmlab.stored_names import is_overview
 
 MAP_COLUMNS = {"mask_file_name": MAPS["mask"], "segmentation_file_name": MAPS["segmentation"]}
 LAYOUTS = ("auto", "table", "captions", "classes", "plain", "tars")
@@ -108,13 +109,15 @@ def _detect(source: Path) -> str:
 
 def _folders(source: Path, layout: str) -> Source:
     found = dict(listings.walk_images(source))
-    names, classes = sorted(found), None
+    names, classes = sorted(name for name in found if not is_overview(source / name)), None
     notes = [
         f"{path.name} is not read because it has no header; write file_name,caption as its first line, or save it as "
         "metadata.csv"
         for path in (sorted(source.iterdir()) if source.is_dir() else ())
         if path.name.lower() in listings.LISTS
     ]
+    if grids := len(found) - len(names):
+        notes.append(f"{grids} grids and trajectories beside samples of `ldmlab sample` are left out")
     if layout == "classes":
         beside = [name for name in names if len(Path(name).parts) == 1]
         names = [name for name in names if len(Path(name).parts) > 1]

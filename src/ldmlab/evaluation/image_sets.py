@@ -26,10 +26,10 @@ from ldmlab.evaluation.npz import images_shape, read_images, read_statistics
 from ldmlab.evaluation.record import check_transform
 from ldmlab.evaluation.run import Run
 from ldmlab.evaluation.scoring import EvaluationPass, Numbered, OptionNames, Track, numbered, untracked
-from ldmlab.inference.grids import is_overview
 from ldmlab.metrics.features import Inception2015
 from ldmlab.metrics.frechet import FrechetDistance
 from ldmlab.open_image import read_image
+from ldmlab.stored_names import is_overview
 
 _LOSSY = ("jpg", "jpeg")
 OPTIONS = OptionNames(metrics="metrics", features="--features ")

@@ -3,7 +3,6 @@
 An image is a uint8 array (H, W, 3).
 """
 
-import re
 import shutil
 import subprocess
 from bisect import bisect_left
@@ -25,14 +24,6 @@ GAP, FONT_SIZE, LABEL_LINES = 8, 13, 2  # px, px, lines under an image at most
 CELL = 128  # small images are enlarged by a whole number to about this side, px
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 FRAME_MS, LAST_FRAME_MS = 60, 1500
-_BESIDE = re.compile(r"(grid|sweep_.+|trajectory|\d+(_.+)?_trajectory)\.png|\d+_trajectory\.webp")
-
-
-def is_overview(path: Path) -> bool:
-    """Whether a file is a grid, sweep or trajectory that `ldmlab sample` wrote beside samples, by their names."""
-    if _BESIDE.fullmatch(path.name) is None:
-        return False
-    return any(_BESIDE.fullmatch(first.name) is None for first in path.parent.glob("000000*.png"))
 
 
 def save_png(path: Path, image: np.ndarray, settings: Mapping[str, Any]) -> None:

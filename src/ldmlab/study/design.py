@@ -22,8 +22,9 @@ from ldmlab.argument_types import check_types
 from ldmlab.data.tars import IMAGE_ENDINGS
 from ldmlab.errors import InputError, one_of
 from ldmlab.files import encodable, read_json, write_atomically, write_json
-from ldmlab.inference.grids import is_overview, read_settings
+from ldmlab.inference.grids import read_settings
 from ldmlab.open_image import open_image
+from ldmlab.stored_names import is_overview
 
 
 def images_of(folder: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from ldmlab.instantiate import instantiate
 from ldmlab.nn.compiling import TrainingChoice
 from ldmlab.training.precision import Precision
 
+_MOST = 10**12  # steps, images
 _CHOICES = {
     "precision": get_args(Precision),
     "accelerator": ("auto", "cpu", "gpu"),
@@ -76,6 +77,10 @@ class TrainerSettings:
         for name in counts:
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"trainer.{name}={value} must be at least 1.")
+            if value > _MOST:
+                raise InputError(
+                    f"trainer.{name}={shown(value)} is more than any run can count; choose at most {_MOST}."
+                )
         for name, choices in _CHOICES.items():
             if isinstance(value := getattr(self, name), str) and value not in choices:
                 raise InputError(f"trainer.{name}={value} is unknown; choose {' or '.join(choices)}.")

@@ -45,12 +45,21 @@ def run(args: argparse.Namespace) -> int:
         ("plugins", plugin_packages()),
     ):
         print(title)
-        for finding in findings:
+        for finding in readable(title, findings):
             print(f"  {'!' if finding.wrong else ' '} {finding.what:<28} {finding.value}")
             wrong += [finding.wrong] * bool(finding.wrong)
         print()
     print("\n".join([f"{len(wrong)} to mend:", *(f"  {one}" for one in wrong)]) if wrong else "nothing is wrong")
     return 1 if wrong else 0
+
+
+def readable(title: str, findings: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings up to a file or folder that may not be read, which is one as well."""
+    try:
+        yield from findings
+    except OSError as error:
+        reason = f"{error.filename or title} cannot be read ({(error.strerror or str(error)).lower()})"
+        yield Finding(title, reason, f"{reason}; make it readable, or name another folder.")
 
 
 def packages() -> Iterator[Finding]:
