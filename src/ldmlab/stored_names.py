@@ -1,4 +1,4 @@
-"""Names of what commands wrote, for those that read it: fields in latent shards, files beside samples; without torch."""
+"""Names of what commands wrote, for those that read it: fields in latent shards, files beside samples; no torch."""
 
 import re
 from pathlib import Path
