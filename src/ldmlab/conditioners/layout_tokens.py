@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldmlab.annotations import WHOLE, checked
+from ldmlab.annotations import WHOLE, checked, within
 from ldmlab.conditioners import BaseConditioner
 from ldmlab.contracts import Encode
 from ldmlab.errors import InputError, did_you_mean, one_of
@@ -131,8 +131,7 @@ def _within(box: Sequence[float], frame: Sequence[float]) -> list[float]:
     """A box in shares of `frame`, a part of the whole image, as shares of the whole."""
     if len(box) != 4:
         return list(box)
-    x0, y0, width, height = frame[0], frame[1], frame[2] - frame[0], frame[3] - frame[1]
-    moved = x0 + width * box[0], y0 + height * box[1], x0 + width * box[2], y0 + height * box[3]
+    moved = within(box, frame)
     return [min(max(value, 0.0), 1.0) if -_ROUNDING < value < 1 + _ROUNDING else value for value in moved]
 
 

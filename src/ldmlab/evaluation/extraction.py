@@ -29,6 +29,7 @@ from ldmlab.evaluation.memorisation import (
     Proportion,
     beside_training,
     copies,
+    held_out_beside_training,
     largest_clique,
     least_difference,
     medoid,
@@ -262,12 +263,5 @@ class Extraction:
         for one in shown:
             pair = files[one["sample"]], one["caption"], one["twin"], one["distance"]
             one |= beside_training(real, self.out, "sample_file", *pair)
-        record["at_threshold"] = [self._held_out(real, *row) for row in record["at_threshold"]]
+        record["at_threshold"] = [held_out_beside_training(real, self.out, *row) for row in record["at_threshold"]]
         return record
-
-    def _held_out(self, real: RealImages, place: int, twin: int, distance: float) -> dict[str, Any]:
-        known = real.image("val", place)
-        file = save_image(self.out, "held_out", place, known["image"])
-        return beside_training(
-            real, self.out, "held_out", file, str(known.get("caption", known["key"])), twin, distance
-        )

@@ -110,13 +110,8 @@ class Audit:
             for name, chosen in (("closest", closest), ("pairs", spread)):
                 rows = [(there[n], self._caption(n), int(twin[n]), float(distance[n])) for n in chosen]
                 result[name] = [beside_training(self.real, self.out, "sample", *row) for row in rows]
-            result["held_out"] = []
-            for n in at_bar:
-                known, row = self.real.image("val", places[n]), len(generated) + n
-                file = save_image(self.out, "held_out", places[n], known["image"])
-                caption = str(known.get("caption", known["key"]))
-                pair = file, caption, int(twin[row]), float(distance[row])
-                result["held_out"].append(beside_training(self.real, self.out, "held_out", *pair))
+            held_out = [(places[n], int(twin[len(generated) + n]), float(of_val[n])) for n in at_bar]
+            result["held_out"] = [held_out_beside_training(self.real, self.out, *one) for one in held_out]
         return distributed.from_first(result)
 
     def _validation(self, seen: EvaluationPass) -> tuple[Tensor, list[int]]:
@@ -157,6 +152,13 @@ def beside_training(
         "train_caption": str(train.get("caption", train["key"])),
         "distance": distance,
     }
+
+
+def held_out_beside_training(real: RealImages, out: Path, place: int, twin: int, distance: float) -> dict[str, Any]:
+    """A validation image, saved, beside the training image nearest to it."""
+    known = real.image("val", place)
+    file, caption = save_image(out, "held_out", place, known["image"]), str(known.get("caption", known["key"]))
+    return beside_training(real, out, "held_out", file, caption, twin, distance)
 
 
 def largest_clique(joined: Tensor) -> list[int]:
