@@ -16,6 +16,7 @@ from ldmlab.inference.sample_settings import SampleSettings
 from ldmlab.instantiate import instantiate
 from ldmlab.interop.diffusers import notes_of
 from ldmlab.interop.diffusers.diffusers_schedulers import clips, diffusion_node, is_replaced, sampler_node
+from ldmlab.interop.diffusers.diffusers_solvers import other_steps
 from ldmlab.samplers._auto import solver_of
 
 peer = pytest.importorskip("diffusers")
@@ -161,6 +162,24 @@ def test_limits_of_clean_estimates_are_known() -> None:
     assert clips({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True})
     assert "clips every clean estimate (clip_sample)" in notes_of({"origin": {"clips": True}})[0]
     assert notes_of({"origin": {}}) == ()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "alpha_one", "other"),
+    [
+        ("leading", 1, False, False),
+        ("leading", 0, True, False),
+        ("trailing", 0, True, False),
+        ("leading", 1, True, True),
+        ("leading", 0, False, True),
+        ("linspace", 0, True, True),
+    ],
+)
+def test_steps_that_ddim_here_does_not_have_are_known(spacing: str, offset: int, alpha_one: bool, other: bool) -> None:
+    config = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": alpha_one}
+    assert other_steps({"_class_name": "DDIMScheduler", **config}) is other
+    assert not other_steps({"_class_name": "PNDMScheduler", **config})
+    assert "steps (timestep_spacing" in notes_of({"origin": {"other_steps": True}})[0]
 
 
 def test_auto_has_the_options_and_the_spacing_of_an_imported_sampler() -> None:

@@ -17,6 +17,7 @@ from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
 from ldmlab.interop.diffusers.diffusers_first_stages import DC, KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE, as_official
 from ldmlab.interop.diffusers.diffusers_schedulers import clips, diffusion_node, is_replaced, sampler_node, token_values
+from ldmlab.interop.diffusers.diffusers_solvers import other_steps
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, read_texts
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_transformers import DIT, OLD, SD3, read_transformer
@@ -74,6 +75,10 @@ def notes_of(spec: Spec) -> tuple[str, ...]:
     origin, notes = spec.get("origin", {}), list[str]()
     if (name := origin.get("scheduler")) is not None:
         notes += [f"the solver of {name} is replaced by ddim, what sampler=auto is; --sampler names another one"]
+    if origin.get("other_steps"):
+        notes += [
+            "DDIMScheduler's steps (timestep_spacing, steps_offset, set_alpha_to_one) are replaced by the paper's"
+        ]
     if origin.get("clips"):
         notes += ["the scheduler clips every clean estimate (clip_sample), and samplers here do not"]
     return tuple(notes)
@@ -101,6 +106,7 @@ def _read_pipeline(folder: Path, index: Spec) -> tuple[Spec, Parts]:
     origin = {"linear_projection": bool(config.get("use_linear_projection", False))}
     origin |= {"scheduler": scheduler["_class_name"]} if is_replaced(scheduler) else {}
     origin |= {"clips": True} if clips(scheduler) else {}
+    origin |= {"other_steps": True} if other_steps(scheduler) else {}
     origin |= {"id2label": index["id2label"]} if index.get("id2label") else {}
     spec: Spec = {
         "kind": "latent_diffusion",

@@ -19,6 +19,14 @@ def ddim_spacing(config: Config) -> str:
     return "trailing" if spacing == "trailing" else "official"
 
 
+def other_steps(config: Config) -> bool:
+    """Whether a DDIMScheduler visits levels by a rule that DDIM here does not have, and LDM's stands in for it."""
+    if config.get("_class_name") != "DDIMScheduler" or ddim_spacing(config) != "official":
+        return False
+    same = (config.get("timestep_spacing", "leading"), config.get("steps_offset"), config.get("set_alpha_to_one", True))
+    return same != ("leading", 1, False)
+
+
 def ddim(eta: float, spacing: str) -> dict[str, Any]:
     """DDIM by a rule; LDM's own is its default."""
     rule = {} if spacing == "official" else {"spacing": spacing}
