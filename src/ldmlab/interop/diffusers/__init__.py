@@ -17,8 +17,8 @@ from ldmlab.interop.diffusers.diffusers_config import read_json, read_weights
 from ldmlab.interop.diffusers.diffusers_first_stages import DC, KL, VQ, arguments, kind_of
 from ldmlab.interop.diffusers.diffusers_networks import CLASS_TABLE, as_official
 from ldmlab.interop.diffusers.diffusers_schedulers import clips, diffusion_node, is_replaced, sampler_node, token_values
-from ldmlab.interop.diffusers.diffusers_solvers import other_steps
 from ldmlab.interop.diffusers.diffusers_sd3 import SD3_PIPELINE, read_texts
+from ldmlab.interop.diffusers.diffusers_solvers import other_steps
 from ldmlab.interop.diffusers.diffusers_texts import BERT, CLIP
 from ldmlab.interop.diffusers.diffusers_transformers import DIT, OLD, SD3, read_transformer
 from ldmlab.interop.diffusers.diffusers_unets import CONDITION, PLAIN, TARGET
