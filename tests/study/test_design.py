@@ -13,7 +13,7 @@ from ldmlab.app.cli import dispatch
 from ldmlab.errors import InputError
 from ldmlab.inference.grids import save_png
 from ldmlab.study.answers import Answers
-from ldmlab.study.design import read_study
+from ldmlab.study.design import Study, make_study, read_study
 from ldmlab.study.results import write_results
 from ldmlab.study.server import application
 
@@ -203,3 +203,23 @@ def test_a_study_that_met_a_full_disk_is_made_again(tmp_path: Path, monkeypatch:
     assert len(read_study(tmp_path / "study").rated) == 8
     with pytest.raises(InputError, match="holds files already"):
         make(tmp_path / "a", tmp_path / "b", "--task", 2, "--out", tmp_path / "study")
+
+
+def test_a_study_is_made_by_one_command_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one matches its images, another with other settings would mix its own in."""
+    words = [tmp_path / "a", tmp_path / "b", "--task", 2, "--out", tmp_path / "other" / "study"]
+    made_study(tmp_path)
+    refused = list[str]()
+
+    def meanwhile(*args: object, **settings: object) -> Study:
+        with pytest.raises(InputError) as error:
+            make(*words, "--seed", 7)
+        refused.append(str(error.value))
+        return make_study(*args, **settings)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ldmlab.study.design.make_study", meanwhile)
+        make(*words)
+    assert "is being written (" in refused[0]
+    assert read_study(tmp_path / "other" / "study").seed == 0
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["study"]

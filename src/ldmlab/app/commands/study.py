@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
-    from ldmlab.study.design import check_new, make_study, names_of
+    from ldmlab.disks import disk_errors, locked
+    from ldmlab.study.design import check_new, names_of
     from ldmlab.study.results import check_table
 
     if args.out is None or args.task is None:
@@ -82,6 +83,18 @@ def _make(args: argparse.Namespace) -> None:
     if (args.prompts or args.sample) and not any(map(_is_model, args.folders)):
         raise InputError("--prompts and --sample are for models, and all folders hold images; leave them out.")
     check_new(args.out)  # before hours of sampling
+    place = args.out.absolute()
+    with disk_errors(args.out):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place.with_name(f".{place.name}.lock"), f"--out {args.out} is being written", remove=True):
+        check_new(args.out)  # another process may have been first
+        _write(args, sets)
+
+
+def _write(args: argparse.Namespace, sets: dict[str, Path]) -> None:
+    """The samples of models, then the study."""
+    from ldmlab.study.design import make_study
+
     sets = {name: _sampled(path, name, args) if _is_model(path) else path for name, path in sets.items()}
     study = make_study(
         args.out,
