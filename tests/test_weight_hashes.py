@@ -89,7 +89,11 @@ def test_a_changed_value_of_a_description_is_said(tmp_path: Path) -> None:
     description = tmp_path / "model" / "model.yaml"
     content = yaml.safe_load(description.read_text())
     description.write_text(yaml.safe_dump(content | {"image_size": 32}))
-    with pytest.warns(UserWarning, match=r"model\.yaml is not as it was written.* set fingerprint: \w{16} there"):
+    with pytest.warns(UserWarning, match=r"model\.yaml is not as it was written.* set fingerprint: '\w{16}' there"):
+        read_model(tmp_path / "model")
+    write_description(tmp_path / "model", SPEC | {"image_size": 32})
+    description.write_text(description.read_text() + "notes: {2024-01-01: 1}\n")  # a name that is no text
+    with pytest.warns(UserWarning, match="is not as it was written"):
         read_model(tmp_path / "model")
     write_description(tmp_path / "model", SPEC | {"image_size": 32})
     with warnings.catch_warnings(action="error"):

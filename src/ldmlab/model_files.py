@@ -65,6 +65,11 @@ def read_model(path: Path | str, weights: str | float = "averaged") -> ModelFile
     check_hashes(folder, spec)
     parts = {file.stem: load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     if checkpoint is None:
+        if (folder / CONFIG).is_file():  # of a run
+            raise InputError(
+                f"{folder} is a run without its folder checkpoints; let its training reach the first one, copy the "
+                "folder too, or export the run."
+            )
         files, step = spec.get("files") or [], spec.get("step")
         if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             raise InputError(f"{folder / DESCRIPTION} has files={shown(files)}, no list of names; {_AGAIN}.")
@@ -141,16 +146,16 @@ def read_description(folder: Path) -> dict[str, Any]:
     _check_kind(path, spec)
     if spec.pop("fingerprint", None) not in (None, found := _fingerprint(spec)):
         warnings.warn(
-            f"{path} is not as it was written: a value in it was changed or damaged, and its model may give other "
-            f"results; where you changed it, set fingerprint: {found} there.",
+            f"{path} is not as it was written: values in it, or their order, were changed or damaged, and its model "
+            f"may give other results; where you changed it, set fingerprint: '{found}' there.",
             stacklevel=2,
         )
     return spec
 
 
 def _fingerprint(spec: Mapping[str, Any]) -> str:
-    """A hash of the values of model.yaml."""
-    return hashlib.sha256(json.dumps(spec, default=str).encode()).hexdigest()[:16]
+    """A hash of the values of model.yaml; not of those whose name is a date or the like, which no part reads."""
+    return hashlib.sha256(json.dumps(spec, default=str, skipkeys=True).encode()).hexdigest()[:16]
 
 
 def describe(path: Path | str) -> dict[str, Any]:
@@ -283,6 +288,4 @@ def _locate(path: Path) -> tuple[Path, Path | None]:
         if not checkpoints:
             raise InputError(f"{path} has no finished checkpoint yet; let its training reach one.")
         return path, checkpoints[-1]
-    if (path / CONFIG).is_file() and (path / DESCRIPTION).is_file():  # of a run
-        raise InputError(f"{path} is a run without its folder checkpoints; copy that too, or export the run.")
     return path, None

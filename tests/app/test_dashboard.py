@@ -21,6 +21,7 @@ from ldmlab.app.evaluate import curves
 from ldmlab.app.run_records import by_configuration, comparison_fields, read_runs
 from ldmlab.app.wiring import train
 from ldmlab.errors import InputError
+from ldmlab.model_files import describe
 from ldmlab.report.render import html
 from ldmlab.training.run_folder import RunFolder
 from ldmlab.training.wandb_logger import WandB
@@ -227,3 +228,4 @@ def test_a_run_copied_without_its_checkpoints_is_no_model(tmp_path: Path) -> Non
     for words in (["average", str(run), "--length", "0.1"], ["sample", str(run), "a"]):
         with pytest.raises(InputError, match="is a run without its folder checkpoints"):
             dispatch(words)
+    assert describe(run)["kind"] == "first_stage"  # a card is written without them

@@ -92,6 +92,9 @@ def test_the_distance_of_looks_is_an_option(source: Path, tmp_path: Path, pack: 
         ("http://example.org", "http://example.org:80/"),
         ("https://example.org/1.png#top   # mine", "https://example.org/1.png"),
         ("https://example.org/1.png?size=2", " https://example.org/1.png?size=2 "),
+        ("https://example.org:/b/../a/./1.png?", "https://ex%61mple.org/a/1.png"),
+        ("https://example.org/../a/%2E%2E/..", "https://example.org"),
+        ("https://MÜLLER.example/1", "https://müller.example/1"),
     ],
 )
 def test_urls_match_in_any_equivalent_form(listed: str, field: str) -> None:
@@ -103,6 +106,10 @@ def test_urls_match_in_any_equivalent_form(listed: str, field: str) -> None:
 def test_urls_of_different_files_stay_different(other: str) -> None:
     assert one_form("https://a.org/1") != one_form(other)
     assert one_form("s3://bucket/a#1") != one_form("s3://bucket/a#2")
+
+
+def test_half_a_surrogate_pair_in_a_url_is_no_fault_of_the_image() -> None:
+    assert one_form("https://a.org/\ud800") == "https://a.org/%ED%A0%80"
 
 
 def test_all_rows_of_a_listed_file_are_left_out(source: Path, tmp_path: Path, pack: Pack) -> None:

@@ -210,6 +210,21 @@ def test_what_is_refused_before_or_after_reading_leaves_nothing(tmp_path: Path) 
     assert len(_pack(source, tmp_path / "out").manifests) == 1
 
 
+def test_a_refused_pack_leaves_what_is_not_its_own(tmp_path: Path) -> None:
+    source, out = _images(tmp_path / "in", 5), tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(InputError, match="no image is left"):
+        _pack(source, out, _options(min_side=1000))
+    assert list(out.iterdir()) == []
+
+    def write(done: int, total: int) -> None:
+        (out / "train" / "notes.txt").write_text("mine")
+
+    with pytest.raises(InputError, match="no image is left"):
+        _pack(source, out, _options(min_side=1000), progress=write)
+    assert [path.name for path in (out / "train").iterdir()] == ["notes.txt"]
+
+
 def test_small_images_are_left_out_on_request(tmp_path: Path) -> None:
     source = _images(tmp_path / "in", 5)
     Image.new("RGB", (100, 10)).save(source / "0002.png")

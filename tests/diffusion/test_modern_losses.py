@@ -119,6 +119,20 @@ def test_times_within_a_range(mean: float, std: float) -> None:
         LogitNormalTimes(low=0.5, high=0.5)
 
 
+@pytest.mark.parametrize(("mean", "std", "low", "high"), [(-5.0, 0.5, 0.5, 0.9), (5.0, 0.5, 0.1, 0.5)])
+def test_times_within_a_range_far_from_the_mean(mean: float, std: float, low: float, high: float) -> None:
+    u = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    found = LogitNormalTimes(mean, std, low=low, high=high)(u, torch.zeros(100).long(), LinearPath(0.0, 1.0))
+    assert low < float(found.min()) < float(found.max()) < high
+    assert len(found.unique()) == 100
+
+
+def test_a_range_without_times_is_refused() -> None:
+    for mean, low, high in ((5.0, 0.0, 0.5), (-5.0, 0.5, 1.0)):
+        with pytest.raises(InputError, match=f"low={low} and high={high} hold none of the times of mean={mean}"):
+            LogitNormalTimes(mean, 0.1, low=low, high=high)
+
+
 class Respaced:
     """Some levels of a schedule, as one of its own."""
 

@@ -167,6 +167,8 @@ def test_widths_between_multiples_come_back() -> None:
     assert again["block_out_channels"] == [24, 40]
     with pytest.raises(InputError, match="has no official counterpart"):
         first_stage_params_of({**node, "norm_groups": 32})
+    _, official = first_stage_params_of({**node, "norm_groups": 32, "channel_mult": [1.0, 2.0]})
+    assert [type(factor) for factor in official["ddconfig"]["ch_mult"]] == [int, int]  # widths of layers there
     with pytest.raises(InputError, match=r"channel_mult=\[1, 1.7\] with channels=24 gives widths that are no whole"):
         KLAutoencoder(channels=24, channel_mult=[1, 1.7], latent_channels=4, norm_groups=8)
 

@@ -22,7 +22,7 @@ from ldmlab.files import file_sha256
 
 WAYS = ("url", "sha256", "perceptual hash")
 _URL = re.compile(r"\w[\w+.-]*://")
-_PLAIN = re.compile(r"[a-z]+://[a-z0-9.-]+/[A-Za-z0-9._~/?&=!$'()*+,;@-]*")  # has its one form already
+_PLAIN = re.compile(r"(?!.*(/\.|\?$))[a-z]+://[a-z0-9.-]+/[A-Za-z0-9._~/?&=!$'()*+,;@-]*")  # has its one form already
 _PORTS = {"http": ":80", "https": ":443"}
 
 
@@ -96,11 +96,27 @@ def one_form(url: str) -> str:
     except ValueError:  # of [ in the host
         return url
     user, at, host = parts.netloc.rpartition("@")
-    host = host.lower().removesuffix(_PORTS.get(parts.scheme, "\0"))
+    host = _plain(host.lower()).lower().removesuffix(_PORTS.get(parts.scheme, "\0")).removesuffix(":")
     fragment = f"#{parts.fragment}" if parts.fragment and parts.scheme not in _PORTS else ""
-    rest = f"{parts.path or '/'}{parts.query and '?'}{parts.query}{fragment}"
-    rest = quote(rest.rstrip(), safe="%/?#[]@!$&'()*+,;=:~")
-    return f"{parts.scheme}://{user}{at}{host}{re.sub('%[0-9A-Fa-f]{2}', _as_plain, rest)}"
+    rest = f"{parts.query and '?'}{parts.query}{fragment}".rstrip()
+    path = parts.path if rest else parts.path.rstrip()
+    return f"{parts.scheme}://{user}{at}{host}{_without_dots(_plain(path) or '/')}{_plain(rest)}"
+
+
+def _plain(text: str) -> str:
+    """Percent-encoded where it must be, and only there."""
+    return re.sub("%[0-9A-Fa-f]{2}", _as_plain, quote(text, safe="%/?#[]@!$&'()*+,;=:~", errors="surrogatepass"))
+
+
+def _without_dots(path: str) -> str:
+    """The path without its segments . and .. (RFC 3986, 5.2.4)."""
+    kept, segments = list[str](), path.split("/")
+    for segment in segments:
+        if segment == "..":
+            del kept[max(len(kept) - 1, 1) :]  # the first one is empty: a path begins with /
+        elif segment != ".":
+            kept.append(segment)
+    return "/".join([*kept, ""] if segments[-1] in (".", "..") else kept)
 
 
 def _as_plain(escape: re.Match[str]) -> str:

@@ -44,14 +44,16 @@ def folder_in_use(out: Path) -> Iterator[None]:
         ours = path.is_dir() and ((path / PLAN).exists() or (path / MANIFEST).exists() or not any(path.iterdir()))
         if path.name not in _WELCOME and not ours:
             raise InputError(f"OUT={out} holds something else ({path.name}); choose a new folder.")
+    new = not out.exists()
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         try:
             with locked(out / _LOCK, f"OUT={out} is in use by another process", remove=True):
                 yield
         finally:
-            with suppress(OSError):
-                out.rmdir()  # nothing was written
+            if new:
+                with suppress(OSError):
+                    out.rmdir()  # nothing was written
 
 
 @dataclass(frozen=True)

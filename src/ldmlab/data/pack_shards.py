@@ -6,11 +6,10 @@ side file `SHARD.json`, and at the end `manifest.json` and `bad.json`. An interr
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -247,8 +246,15 @@ class _Pack:
 
     def _clear(self) -> None:
         """Nothing stays of splits that cannot be finished with these options: others are refused beside them."""
-        for folder in {self.out / split for split in self.shards if not (self.out / split / MANIFEST).exists()}:
-            shutil.rmtree(folder)
+        for split, shards in self.shards.items():
+            folder = self.out / split
+            if (folder / MANIFEST).exists():
+                continue
+            ours = [folder / PLAN, folder / BAD, *(path for shard in shards for path in (shard.path, shard.side_file))]
+            for path in (*ours, *folder.glob("*.tmp")):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # unless it holds something else
 
     def _finish(self) -> PackResult:
         result, o = PackResult(), self.options

@@ -44,12 +44,18 @@ class LogitNormalTimes(UniformTimes):
         self.mean, self.std = mean, checked_std(std)
         if not 0 <= low < high <= 1:
             raise InputError(f"diffusion.time_sampling.low={low} and high={high} are no range within 0 .. 1.")
-        ends = torch.logit(torch.tensor([low, high], dtype=torch.float64))
-        self.low, self.high = torch.special.ndtr((ends - mean) / std).tolist()
+        ends = (torch.logit(torch.tensor([low, high], dtype=torch.float64)) - mean) / std
+        self.side = -1 if ends.sum() > 0 else 1  # of a range above the mean, shares of the other side have more digits
+        self.low, self.high = (torch.erfc(-self.side * ends / math.sqrt(2)) / 2).tolist()  # ndtr has no small ones
+        if self.low == self.high:
+            raise InputError(
+                f"diffusion.time_sampling.low={low} and high={high} hold none of the times of mean={mean} and "
+                f"std={std}; choose another range or mean."
+            )
 
     def __call__(self, u: Tensor, position: Tensor, path: Path) -> Tensor:
         within = self.low + (self.high - self.low) * self.stratified(u, position)
-        normal = torch.special.ndtri(within)
+        normal = self.side * torch.special.ndtri(within)
         return path.quantile(torch.sigmoid(self.mean + self.std * normal))
 
 

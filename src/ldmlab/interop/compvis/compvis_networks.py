@@ -249,7 +249,7 @@ def first_stage_params_of(node: Mapping[str, Any]) -> tuple[str, dict[str, Any]]
         "in_channels": 3,
         "out_ch": 3,
         **{official: full[ours] for official, ours in _STAGE_OURS.items()},
-        "ch_mult": list(node["channel_mult"]),
+        "ch_mult": [int(factor) for factor in node["channel_mult"]],  # theirs multiply whole numbers
         "attn_resolutions": [RESOLUTION // factor for factor in node.get("attention_downsampling", ())],
     }
     if not node.get("mid_attention", True):
