@@ -39,7 +39,10 @@ def test_lengths_are_checked_before_the_first_is_scored(
 
 def test_more_lengths_are_added_to_evaluations_of_the_same_options_alone(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
+    begin_lengths(options(0.05, protocol={"samples": 7}), model, out)  # stopped before its first score
     begin_lengths(options(0.05), model, out)
+    (out / "length_0.05").mkdir()
+    (out / "length_0.05" / "metrics.json").touch()
     (out / "report.html").touch()  # of these
     begin_lengths(options(0.05, 0.10, batch_size=8), model, out)
     other = refusal(lambda: begin_lengths(options(0.05, protocol={"samples": 9}), model, out))

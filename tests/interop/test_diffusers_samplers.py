@@ -170,6 +170,7 @@ def test_limits_of_clean_estimates_are_known() -> None:
         ("leading", 1, False, False),
         ("leading", 0, True, False),
         ("trailing", 0, True, False),
+        ("trailing", 1, False, True),
         ("leading", 1, True, True),
         ("leading", 0, False, True),
         ("linspace", 0, True, True),
@@ -177,7 +178,8 @@ def test_limits_of_clean_estimates_are_known() -> None:
 )
 def test_steps_that_ddim_here_does_not_have_are_known(spacing: str, offset: int, alpha_one: bool, other: bool) -> None:
     config = {"timestep_spacing": spacing, "steps_offset": offset, "set_alpha_to_one": alpha_one}
-    assert other_steps({"_class_name": "DDIMScheduler", **config}) is other
+    for name in ("DDIMScheduler", "DDIMParallelScheduler"):
+        assert other_steps({"_class_name": name, **config}) is other
     assert not other_steps({"_class_name": "PNDMScheduler", **config})
     assert "steps (timestep_spacing" in notes_of({"origin": {"other_steps": True}})[0]
 

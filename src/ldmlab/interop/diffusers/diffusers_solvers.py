@@ -8,23 +8,26 @@ from ldmlab.errors import InputError
 
 Config = Mapping[str, Any]
 EDM_MULTISTEP = "EDMDPMSolverMultistepScheduler"
+_DDIM = ("DDIMScheduler", "DDIMParallelScheduler")
 _KIND = "dpmsolver++"  # algorithm_type unless another is named
 
 
 def ddim_spacing(config: Config) -> str:
     """The rule of ours for a scheduler whose solver is DDIM, or becomes it."""
-    spacing, own = config.get("timestep_spacing", "leading"), config.get("_class_name") == "DDIMScheduler"
+    spacing, own = config.get("timestep_spacing", "leading"), config.get("_class_name") in _DDIM
     if own and spacing == "leading" and not config.get("steps_offset") and config.get("set_alpha_to_one", True):
         return "leading"  # from time 0 up, as DiT's
     return "trailing" if spacing == "trailing" else "official"
 
 
 def other_steps(config: Config) -> bool:
-    """Whether a DDIMScheduler visits levels by a rule that DDIM here does not have, and LDM's stands in for it."""
-    if config.get("_class_name") != "DDIMScheduler" or ddim_spacing(config) != "official":
+    """Whether a DDIMScheduler visits levels, or ends at one, by a rule that DDIM here does not have."""
+    if config.get("_class_name") not in _DDIM:
         return False
-    same = (config.get("timestep_spacing", "leading"), config.get("steps_offset"), config.get("set_alpha_to_one", True))
-    return same != ("leading", 1, False)
+    spacing, ends_clean = config.get("timestep_spacing", "leading"), config.get("set_alpha_to_one", True)
+    if ddim_spacing(config) == "official":
+        return (spacing, config.get("steps_offset"), ends_clean) != ("leading", 1, False)
+    return not ends_clean
 
 
 def ddim(eta: float, spacing: str) -> dict[str, Any]:
