@@ -32,9 +32,7 @@ def begin_lengths(config: Mapping[str, Any], model: Path, out: Path) -> None:
     plan["checkpoint"] = checkpoints[-1].stem if checkpoints else None
 
     def begin() -> None:
-        if not any(
-            out.glob("length_*/metrics.json")
-        ):  # none was finished, as where weights of the features are missing
+        if not any(out.glob("length_*/metrics.json")):  # what was begun failed before its first score
             (out / PLAN).unlink(missing_ok=True)
         if not (out / PLAN).exists():
             check_out(out)

@@ -77,7 +77,7 @@ def notes_of(spec: Spec) -> tuple[str, ...]:
         notes += [f"the solver of {name} is replaced by ddim, what sampler=auto is; --sampler names another one"]
     if origin.get("other_steps"):
         notes += [
-            "the steps of DDIMScheduler (timestep_spacing, steps_offset, set_alpha_to_one) are not exactly those of ddim"
+            "DDIMScheduler's steps (timestep_spacing, steps_offset, set_alpha_to_one) are not exactly those of ddim"
         ]
     if origin.get("clips"):
         notes += ["the scheduler clips every clean estimate (clip_sample), and samplers here do not"]
