@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ldmlab.app.lengths import begin_lengths
+from ldmlab.app.lengths import PLAN, begin_lengths, lengths_in
 from refusals import refusal
 
 
@@ -39,10 +39,7 @@ def test_lengths_are_checked_before_the_first_is_scored(
 
 def test_more_lengths_are_added_to_evaluations_of_the_same_options_alone(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    begin_lengths(options(0.05, protocol={"samples": 7}), model, out)  # stopped before its first score
     begin_lengths(options(0.05), model, out)
-    (out / "length_0.05").mkdir()
-    (out / "length_0.05" / "metrics.json").touch()
     (out / "report.html").touch()  # of these
     begin_lengths(options(0.05, 0.10, batch_size=8), model, out)
     other = refusal(lambda: begin_lengths(options(0.05, protocol={"samples": 9}), model, out))
@@ -54,3 +51,20 @@ def test_more_lengths_are_added_to_evaluations_of_the_same_options_alone(model: 
 def test_a_report_of_the_users_is_not_replaced(model: Path, tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("mine")
     assert "which would be replaced" in refusal(lambda: begin_lengths(options(0.1), model, tmp_path))
+
+
+def test_options_with_which_nothing_was_scored_bind_no_others(model: Path, tmp_path: Path) -> None:
+    """As where weights of the features are missing; what was scored, or begun by another process, stays."""
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError), lengths_in(options(0.05), model, out):
+        raise FileNotFoundError
+    assert not out.exists()
+    begin_lengths(options(0.05), model, out)
+    with pytest.raises(FileNotFoundError), lengths_in(options(0.1), model, out):
+        raise FileNotFoundError
+    (out / PLAN).unlink()
+    (out / "length_0.05").mkdir()
+    (out / "length_0.05" / "metrics.json").touch()
+    with pytest.raises(FileNotFoundError), lengths_in(options(0.1), model, out):
+        raise FileNotFoundError
+    assert (out / PLAN).exists()

@@ -13,7 +13,7 @@ from ldmlab.app.conditioning import scored_task
 from ldmlab.app.conf_files import group_choices, leaves
 from ldmlab.app.dashboard_page import send_scores
 from ldmlab.app.guiders import build_guiders
-from ldmlab.app.lengths import begin_lengths
+from ldmlab.app.lengths import lengths_in
 from ldmlab.app.plans import Plan
 from ldmlab.app.progress import track
 from ldmlab.app.run_end import evaluated
@@ -54,8 +54,8 @@ def evaluate(config: Mapping[str, Any], kept: Kept | None = None) -> None:
     rank, _ = distributed.join()
     folder, out = run_folder(Path(str(config["model"]))), out_folder(config)
     if isinstance(config["weights"], list):
-        begin_lengths(config, folder, out)
-        return lengths_page(out, {length: _of_length(config, out, length) for length in config["weights"]})
+        with lengths_in(config, folder, out):
+            return lengths_page(out, {length: _of_length(config, out, length) for length in config["weights"]})
     # a full disk or a kill left the scores without their pages
     if distributed.shared(lambda: (out / "metrics.json").exists() and not (out / "report.html").exists()):
         distributed.say(

@@ -1,6 +1,7 @@
 """One evaluation for averages of several lengths: what is checked before the first of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,25 @@ _FREE = (  # may differ between two of them
 )
 
 
-def begin_lengths(config: Mapping[str, Any], model: Path, out: Path) -> None:
-    """InputError for lengths that no average has, and for a folder of other evaluations; model: its folder."""
+@contextmanager
+def lengths_in(config: Mapping[str, Any], model: Path, out: Path) -> Iterator[None]:
+    """Evaluations of several lengths; options with which none was finished bind no later ones."""
+    new = begin_lengths(config, model, out)
+    try:
+        yield
+    except BaseException:
+        if new and distributed.rank() == 0 and not any(out.glob("length_*/metrics.json")):
+            with suppress(OSError):
+                (out / PLAN).unlink()
+                out.rmdir()
+        raise
+
+
+def begin_lengths(config: Mapping[str, Any], model: Path, out: Path) -> bool:
+    """Whether these are the first evaluations of a folder; model: its folder.
+
+    InputError for lengths that no average has, and for a folder of evaluations with other options.
+    """
     lengths = config["weights"]
     if not lengths:
         raise InputError("weights=[] names no weights; give averaged, raw, or lengths such as [0.05,0.10].")
@@ -31,13 +49,12 @@ def begin_lengths(config: Mapping[str, Any], model: Path, out: Path) -> None:
     plan = {name: value for name, value in config.items() if name not in _FREE}
     plan["checkpoint"] = checkpoints[-1].stem if checkpoints else None
 
-    def begin() -> None:
-        if not any(out.glob("length_*/metrics.json")):  # what was begun failed before its first score
-            (out / PLAN).unlink(missing_ok=True)
-        if not (out / PLAN).exists():
+    def begin() -> bool:
+        if new := not (out / PLAN).exists():
             check_out(out)
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             open_plan(out / PLAN, plan, f"out={out}")
+        return new
 
-    distributed.shared(begin)
+    return distributed.shared(begin)
