@@ -1,5 +1,6 @@
 """Networks that diffusers builds, in every variant we can be, give the same outputs here; others are refused."""
 
+import math
 from typing import Any
 
 import pytest
@@ -171,6 +172,9 @@ def test_widths_between_multiples_come_back() -> None:
     assert [type(factor) for factor in official["ddconfig"]["ch_mult"]] == [int, int]  # widths of layers there
     with pytest.raises(InputError, match=r"channel_mult=\[1, 1.7\] with channels=24 gives widths that are no whole"):
         KLAutoencoder(channels=24, channel_mult=[1, 1.7], latent_channels=4, norm_groups=8)
+    for none in (0, -1, math.nan):
+        with pytest.raises(InputError, match="gives widths that are no whole numbers above 0"):
+            KLAutoencoder(channels=24, channel_mult=[1, none], latent_channels=4, norm_groups=8)
 
 
 REFUSED = [

@@ -40,10 +40,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         check_fraction("first_stage.dropout", self.dropout)
-        if any(abs(self.channels * factor - round(self.channels * factor)) > 1e-6 for factor in self.channel_mult):
+        widths = [self.channels * factor for factor in self.channel_mult]
+        if not all(1 <= width < math.inf and abs(width - round(width)) < 1e-6 for width in widths):
             raise InputError(
                 f"first_stage.channel_mult={list(self.channel_mult)} with channels={self.channels} gives widths that "
-                "are no whole numbers; choose multiples such as [1, 1.5, 2] that do."
+                "are no whole numbers above 0; choose multiples such as [1, 1.5, 2] that do."
             )
         factors = [2**level for level in range(len(self.channel_mult))]
         wrong = [factor for factor in self.attention_downsampling if factor not in factors]
