@@ -3,7 +3,7 @@
     python benchmarks/caption_probe.py runs/demo/clip data/emoji-256 category
 
 A linear classifier is fitted to training captions and applied to validation captions: on the mean of the tower's states
-over a caption's tokens, and on which pieces of words occur. Printed: accuracy balanced over classes.
+over a caption's tokens, and on which pieces of words occur. Printed: accuracy balanced over the classes that occur.
 """
 
 import json
@@ -73,7 +73,7 @@ def probe(known: Tensor, labels: Tensor, new: Tensor, new_labels: Tensor) -> tup
 
     def balanced(inputs: Tensor, truth: Tensor) -> float:
         right = linear(inputs).argmax(1) == truth
-        return float(torch.stack([right[truth == k].float().mean() for k in range(len(weight))]).mean())
+        return float(torch.stack([right[truth == k].float().mean() for k in truth.unique()]).mean())
 
     return balanced(known, labels), balanced(new, new_labels)
 
