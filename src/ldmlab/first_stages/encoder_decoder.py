@@ -40,6 +40,8 @@ class Architecture:
 
     def __post_init__(self) -> None:
         check_fraction("first_stage.dropout", self.dropout)
+        if self.channels < 1:
+            raise InputError(f"first_stage.channels={self.channels} must be at least 1.")
         widths = [self.channels * factor for factor in self.channel_mult]
         if not all(1 <= width < math.inf and abs(width - round(width)) < 1e-6 for width in widths):
             raise InputError(
