@@ -65,7 +65,7 @@ def read_model(path: Path | str, weights: str | float = "averaged") -> ModelFile
     check_hashes(folder, spec)
     parts = {file.stem: load_tensors(file) for file in sorted(folder.glob("*.safetensors"))}
     if checkpoint is None:
-        if (folder / CONFIG).is_file():  # of a run
+        if (folder / CONFIG).is_file() and "files" not in spec:  # of a run, which lists none
             raise InputError(
                 f"{folder} is a run without its folder checkpoints; let its training reach the first one, copy the "
                 "folder too, or export the run."
