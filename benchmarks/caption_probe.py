@@ -1,4 +1,4 @@
-"""How much a text tower tells of a field of the caption's image: the bound of a conditional model on new captions.
+"""How much of a field, such as the category, follows from a caption by a text tower, for new captions too.
 
     python benchmarks/caption_probe.py runs/demo/clip data/emoji-256 category
 

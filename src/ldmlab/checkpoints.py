@@ -61,8 +61,7 @@ def unreadable(path: Path, error: Exception) -> str:
 
 def _reason(error: Exception) -> str:
     """The reason in torch's message, without its advice to load with weights_only=False."""
-    line = first_line(error)
-    return line.partition("Weights only load failed")[0].strip()[:200] or "more than plain tensors, or damaged"
+    return first_line(error).partition("Weights only load failed")[0].strip() or "more than plain tensors, or damaged"
 
 
 _CHUNK_BYTES = 2**20

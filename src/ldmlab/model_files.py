@@ -3,7 +3,7 @@
 Both kinds of folder hold `model.yaml`. A model folder keeps weights as `NAME.safetensors`; a run folder keeps what it
 trains in checkpoints, and what it only uses (a frozen first stage, a frozen text tower) as `NAME.safetensors`.
 `model.yaml` lists the SHA-256 of these files, which are checked when they are read; folders of ldmlab 0.1 have none.
-Its own hash, `fingerprint`, tells whether a value in it was changed since, which is said and not refused.
+By its own hash, `fingerprint`, a value that was changed since is noticed: a warning says so, and the model is read.
 """
 
 import hashlib
@@ -144,11 +144,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     if version == 1:
         spec = {**format1.node(spec), "format_version": FORMAT_VERSION}
     _check_kind(path, spec)
-    if spec.pop("fingerprint", None) not in (None, found := _fingerprint(spec)):
-        warnings.warn(
+    written, found = spec.pop("fingerprint", None), _fingerprint(spec)
+    if written not in (None, found):
+        warnings.warn(  # from this line, so that it is printed once
             f"{path} is not as it was written: values in it, or their order, were changed or damaged, and its model "
             f"may give other results; where you changed it, set fingerprint: '{found}' there.",
-            stacklevel=2,
+            stacklevel=1,
         )
     return spec
 

@@ -8,7 +8,7 @@ import torch
 
 from ldmlab.app.cli import dispatch
 from ldmlab.build import load
-from ldmlab.contracts import Level
+from ldmlab.contracts import Denoise, Level
 from ldmlab.diffusion.parameterization import Parameterization
 from ldmlab.diffusion.paths import EdmPath
 from ldmlab.diffusion.schedule import Schedule
@@ -27,6 +27,22 @@ DDPM = {
     **{"downsample_padding": 0, "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6},
 }
 ENDS = [{"final_sigmas_type": "sigma_min"}, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}]
+
+
+def output(x: torch.Tensor, time: float) -> torch.Tensor:
+    """A network, as schedulers know it."""
+    return torch.tanh(x * (0.5 + time / 1000))
+
+
+def estimate(form: Any) -> Denoise:
+    """Its clean estimates by a prediction of ours."""
+
+    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
+        assert level.time is not None
+        clean: torch.Tensor = form.clean(x, output(x, level.time), level)
+        return clean
+
+    return denoise
 
 
 @pytest.mark.parametrize("end", [*ENDS, {"use_exponential_sigmas": True, **ENDS[0]}, {"use_lu_lambdas": True}])
@@ -61,7 +77,7 @@ def test_orders_and_ends_of_a_multistep_solver(
     def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
         return prediction.clean(x, output(x, whole[level.time]), level)
 
-    found = sampler(denoise, x, grid, noise=lambda step: noises[step])
+    found = sampler(estimate(prediction), x, grid, noise=lambda step: noises[step])
     for time in theirs.timesteps:
         x = theirs.step(output(x, float(time)), time, x).prev_sample
     assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
@@ -86,15 +102,8 @@ def test_ddim_visits_the_times_of_its_scheduler(options: dict[str, Any], steps: 
     grid = schedule.grid(steps, sampler.spacing)
     assert [level.time for level in grid[:-1]] == theirs.timesteps.tolist()
 
-    def output(x: torch.Tensor, time: float) -> torch.Tensor:
-        return torch.tanh(x * (0.5 + time / 1000))
-
-    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
-        assert level.time is not None
-        return prediction.clean(x, output(x, level.time), level)
-
     x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    found = sampler(denoise, x, grid, noise=torch.zeros_like)
+    found = sampler(estimate(prediction), x, grid, noise=torch.zeros_like)
     if 1000 % steps == 0 or sampler.spacing != "trailing":  # whose steps do not end there where the next one begins
         for time in theirs.timesteps:
             x = theirs.step(output(x, float(time)), time, x).prev_sample
@@ -124,16 +133,9 @@ def test_flows_end_where_their_schedulers_end(kind: str, options: dict[str, Any]
     path = path.at_size(4096)  # the size whose mu is 1.15
     grid, form = path.grid(steps, "linspace" if handed else solver.spacing), Parameterization(prediction, path)
 
-    def output(x: torch.Tensor, time: float) -> torch.Tensor:
-        return torch.tanh(x * (0.5 + time / 1000))
-
-    def denoise(x: torch.Tensor, level: Level) -> torch.Tensor:
-        assert level.time is not None
-        return form.clean(x, output(x, level.time), level)
-
     x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     sampler: Any = SampleSettings(sampler=solver.sampler).build_sampler()
-    found = sampler.along(path)(denoise, x, grid, noise=torch.zeros_like)
+    found = sampler.along(path)(estimate(form), x, grid, noise=torch.zeros_like)
     for time in theirs.timesteps:
         x = theirs.step(output(x, float(time)), time, x).prev_sample
     assert float((found - x).abs().max()) <= 5e-5 * max(1.0, float(x.abs().max()))
