@@ -2,6 +2,7 @@
 
 import difflib
 import reprlib
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -59,6 +60,18 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", cutoff: f
 def first_line(error: BaseException) -> str:
     """Of its message, cut where it is very long; the error's type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def lost_loader(error: BaseException) -> str:
+    """Why a loader process ended, where the error comes of that; empty for others.
+
+    Torch names the process unless it dies while a batch is handed over: then the connection to it breaks.
+    """
+    if "DataLoader worker" in str(error):
+        return first_line(error).rstrip(".")
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    broken = isinstance(error, EOFError | ConnectionError) and any("multiprocessing" in file for file in files)
+    return f"it was killed or has exited: {first_line(error).rstrip('.')}" if broken else ""
 
 
 def memory_ran_out(error: BaseException) -> bool:

@@ -1,13 +1,17 @@
 """Each kind of slip on a command line of Hydra's is one sentence that names the option in full and the way out."""
 
+import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -290,11 +294,32 @@ def test_the_verbs_are_the_programs(verb: str) -> None:
 def test_faults_of_the_machine_are_sentences(
     error: Exception, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def command() -> int:
+    assert cli.run_command(raises(error)) == 2
+    assert capsys.readouterr().err == f"ldmlab: {sentence}\n"
+
+
+@pytest.mark.parametrize("how", ["closed", "reset"])
+def test_a_loader_that_dies_while_it_hands_over_a_batch_is_a_sentence(
+    how: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch names no process then, and the connection to it breaks; other broken connections stay what they are."""
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    if how == "reset":
+        monkeypatch.setattr(Connection, "_recv", raises(ConnectionResetError(104, "Connection reset by peer")))
+    assert cli.run_command(ours.recv) == 2
+    assert "a loader process ended (it was killed or has exited: " in capsys.readouterr().err
+    with pytest.raises(ConnectionResetError):
+        cli.run_command(raises(ConnectionResetError(104, "Connection reset by peer")))
+
+
+def raises(error: Exception) -> Callable[..., int]:
+    """A function that ends so."""
+
+    def function(*_: Any, **__: Any) -> int:
         raise error
 
-    assert cli.run_command(command) == 2
-    assert capsys.readouterr().err == f"ldmlab: {sentence}\n"
+    return function
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ldmlab.app.compose import plain, searching
 from ldmlab.app.conf_files import check_added, check_effects, chosen_options, conf_dir, group_choices
 from ldmlab.app.hydra_main import hydra_main
-from ldmlab.errors import InputError, did_you_mean, memory_ran_out, shown
+from ldmlab.errors import InputError, did_you_mean, lost_loader, memory_ran_out, shown
 from ldmlab.plugins import VARIABLE, allow, check_variable
 
 COMMANDS = {
@@ -109,17 +109,19 @@ def run_command(command: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `ldmlab ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0)
-        if advice is None or not (error.filename or error.errno in _WITHOUT_PATH):
-            raise
-        sentence, code = f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; {advice}.", 2
-    except (RuntimeError, MemoryError) as error:
-        sentence, code = _of_machines(error), 2
+    except (OSError, EOFError, RuntimeError, MemoryError) as error:
+        sentence, code = _of_files(error) or _of_machines(error), 2
         if not sentence:
             raise
     print(f"ldmlab: {sentence}", file=sys.stderr)
     return code
+
+
+def _of_files(error: Exception) -> str:
+    """The sentence for a file that cannot be read or written; empty for any other fault."""
+    if not isinstance(error, OSError) or error.errno not in (_ADVICE if error.filename else _WITHOUT_PATH):
+        return ""
+    return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}; {_ADVICE[error.errno or 0]}."
 
 
 def _of_machines(error: Exception) -> str:
@@ -128,8 +130,8 @@ def _of_machines(error: Exception) -> str:
     reason = " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
     if memory_ran_out(error):
         return f"memory ran out ({reason}); use a smaller batch size, or smaller images."
-    if "DataLoader worker" in reason or type(error).__name__ == "BrokenProcessPool":
-        return f"a loader process ended ({reason}); run the command again, with fewer workers if memory ran out."
+    if ended := lost_loader(error) or (reason if type(error).__name__ == "BrokenProcessPool" else ""):
+        return f"a loader process ended ({ended}); run the command again, with fewer workers if memory ran out."
     lost = distributed.lost(error) if distributed else None
     return f"another process of this command ended ({lost}); run the command again." if lost else ""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.checkpoints import load_exactly
-from ldmlab.errors import InputError, first_line, memory_ran_out
+from ldmlab.errors import InputError, first_line, lost_loader, memory_ran_out
 from ldmlab.training import precision
 from ldmlab.training.callbacks.average_snapshots import Averaging
 from ldmlab.training.callbacks.keep_checkpoints import KeepCheckpoints
@@ -210,9 +210,9 @@ def explained(error: Exception, checkpoints: Checkpoints) -> InputError | None:
     text, reason = str(error).strip() or type(error).__name__, first_line(error).rstrip(".")
     newest = checkpoints.last()
     kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
-    if "DataLoader worker" in text or isinstance(error, EOFError | ConnectionError):
+    if ended := lost_loader(error):
         advice = "if memory ran out, fewer data.workers or a smaller micro_batch help"
-        return InputError(f"a loader process ended ({reason}); {kept}; run the command again to continue, {advice}.")
+        return InputError(f"a loader process ended ({ended}); {kept}; run the command again to continue, {advice}.")
     if isinstance(error, MisconfigurationException | ImportError) or text.startswith("Early stopping conditioned"):
         return InputError(
             f"callbacks, logger or trainer: {' '.join(text.split())[:900].rstrip('.')}; change the option."
