@@ -170,7 +170,7 @@ def load_first_stage(path: Path | str, weights: str | float = "averaged") -> Loa
     files = read_model(path, weights)
     if "first_stage" not in files.spec:
         raise InputError(f"{path} is of kind {files.spec['kind']} and has no first stage; give another run.")
-    module, spec = _frozen(files, "first_stage", path), files.spec
+    module, spec = frozen_part(files, "first_stage", path), files.spec
     return LoadedFirstStage(module, spec["first_stage"], spec["image_size"], fingerprint(module.state_dict()), files)
 
 
@@ -210,7 +210,7 @@ class LoadedClassifier:
 def load_classifier(path: Path | str, weights: str | float = "averaged") -> LoadedClassifier:
     """The classifier of a stage=classifier run; float32, on the CPU."""
     files = _read(path, weights, "classifier")
-    return LoadedClassifier(_frozen(files, "classifier", path), files.spec)
+    return LoadedClassifier(frozen_part(files, "classifier", path), files.spec)
 
 
 def pick_device(name: str) -> torch.device:
@@ -235,7 +235,8 @@ def _read(path: Path | str, weights: str | float, kind: str) -> ModelFiles:
     return files
 
 
-def _frozen(files: ModelFiles, name: str, path: Path | str) -> nn.Module:
+def frozen_part(files: ModelFiles, name: str, path: Path | str) -> nn.Module:
+    """One part of a model that lies at `path`, with its weights; float32, on the CPU."""
     with building(files):
         module: nn.Module = instantiate(files.spec[name], where=name)
     if module.state_dict():

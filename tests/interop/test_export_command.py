@@ -64,6 +64,30 @@ def test_half_the_size(folder: Path, tmp_path: Path) -> None:
     assert "choose one of float32, float16" in refused(folder, tmp_path / "x", "--precision", "half")
 
 
+@pytest.mark.parametrize("kind", [kl, vq])
+def test_a_decoder_tuned_later(kind: Any, tmp_path: Path) -> None:
+    """Its first stage takes the place of the model's where both have the same latents, and no other does."""
+    spec = {**model("unconditional", tmp_path), "first_stage": kind()}
+    parts = weights(spec)
+    write_model_folder(tmp_path / "model", spec, parts)
+    first_stage = {"kind": "first_stage", "image_size": spec["image_size"], "first_stage": spec["first_stage"]}
+    halves = {key: tensor.half().float() for key, tensor in parts["first_stage"].items()}
+    tuned = {key: tensor + 0.1 if key.startswith("decoder") else tensor for key, tensor in halves.items()}
+    other = {key: tensor * 1.1 if key.startswith("encoder") else tensor for key, tensor in tuned.items()}
+    for name, state in (("tuned", tuned), ("other", other)):
+        write_model_folder(tmp_path / name, first_stage, {"first_stage": state})
+    assert export(tmp_path / "model", tmp_path / "out", "--first-stage", tmp_path / "tuned") == 0
+    found = model_files.read_model(tmp_path / "out").parts
+    assert all(torch.equal(found["first_stage"][key], tensor) for key, tensor in tuned.items())
+    assert all(torch.equal(found["denoiser"][key], tensor) for key, tensor in parts["denoiser"].items())
+    assert "first stage of `tuned`" in (tmp_path / "out" / "README.md").read_text()
+    message = refused(tmp_path / "model", tmp_path / "x", "--first-stage", tmp_path / "other")
+    assert "its latents are others" in message
+    assert "stage.trained=[decoder]" in message
+    message = refused(tmp_path / "tuned", tmp_path / "x", "--first-stage", tmp_path / "tuned")
+    assert "is of kind first_stage, which decodes no latents" in message
+
+
 def test_half_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     spec = model("unconditional", tmp_path)
     parts = weights(spec)

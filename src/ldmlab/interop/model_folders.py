@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ldmlab.build import frozen_part, load_first_stage, moments_of
 from ldmlab.checkpoints import save_checkpoint
 from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.few_steps import FewSteps
@@ -166,6 +167,30 @@ def halved(files: ModelFiles) -> ModelFiles:
         if large := [key for key, tensor in part.items() if not bool(torch.isfinite(tensor).all())]:
             raise InputError(f"--precision float16: {name} has values above 65504 ({large[0]}); use float32.")
     return replace(files, parts=parts)
+
+
+def with_first_stage(files: ModelFiles, path: Path) -> ModelFiles:
+    """The model with the first stage at `path`, whose decoder alone may differ: images have the same latents in both.
+
+    Both encode noise; a difference above 1 % of the latents' deviation is refused (float16 rounds by 0.2).
+    """
+    if files.spec["kind"] != "latent_diffusion":
+        raise InputError(f"--first-stage: {files.folder} is of kind {files.spec['kind']}, which decodes no latents.")
+    ours, theirs = frozen_part(files, "first_stage", files.folder), load_first_stage(path)
+    side = files.spec["image_size"]
+    images = torch.randint(256, (1, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before, after = (moments_of(module, images) for module in (ours, theirs.module))
+    if before.shape != after.shape:
+        shapes = " and ".join(str(tuple(moments.shape[1:])) for moments in (before, after))
+        raise InputError(f"--first-stage={path}: its latents have another shape, {shapes}; tune the decoder alone.")
+    difference = float((after - before).abs().max() / before.std())
+    if not difference < 0.01:
+        raise InputError(
+            f"--first-stage={path}: its latents are others (a difference of {difference:.1%} of the deviation), which "
+            "the denoiser does not know; tune the decoder behind the model's own encoder, stage.trained=[decoder]."
+        )
+    spec = {**files.spec, "first_stage": theirs.spec}
+    return replace(files, spec=spec, parts={**files.parts, "first_stage": theirs.files.parts["first_stage"]})
 
 
 def check_many_steps(files: ModelFiles) -> None:

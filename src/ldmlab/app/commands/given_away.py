@@ -87,6 +87,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add("--format", default="ldmlab", metavar="NAME", help=FORMATS)
     add("--precision", default="float32", help="float32 | float16: half the size, ldmlab's format alone")
     add("--weights", default="averaged", help="averaged | raw | length of an average (averaged)")
+    add(
+        "--first-stage",
+        type=Path,
+        metavar="RUN",
+        help="a first stage of the same latents, with a tuned decoder",
+    )
     add("--without-card", action="store_true", help="for private use: no model card, which is stated in README.md")
 
 
@@ -96,8 +102,9 @@ def run_export(args: argparse.Namespace) -> None:
     What is given away has a model card: `ldmlab card MODEL` writes card.yaml, whose fields a person fills in.
     """
     from ldmlab.app.card_facts import NO_CARD, README, carry, collect, filled_in, write_card
+    from ldmlab.files import markdown_line
     from ldmlab.interop.model_folders import FORMATS as WRITERS
-    from ldmlab.interop.model_folders import card, check_new, halved, new_folder, write_ldmlab
+    from ldmlab.interop.model_folders import card, check_new, halved, new_folder, with_first_stage, write_ldmlab
     from ldmlab.model_files import model_folder, read_model
 
     check_new(args.out)
@@ -107,6 +114,8 @@ def run_export(args: argparse.Namespace) -> None:
     person = {} if args.without_card else filled_in(given, args.model)
     known = {} if args.without_card else collect(given)
     files = read_model(args.model, args.weights)
+    if args.first_stage:
+        files = with_first_stage(files, args.first_stage)
     if args.precision == "float16":
         if WRITERS[args.format] is not write_ldmlab:
             raise InputError(f"--precision float16 with --format {args.format}: only ldmlab's own format has it.")
@@ -117,6 +126,7 @@ def run_export(args: argparse.Namespace) -> None:
         origin = f"exported by ldmlab: {weights}; {written.what}."
         differences = written.differences.items()
         facts = [f"- {part}: within {value:.1e} of the model it was exported from" for part, value in differences]
+        facts += [f"- first stage of `{markdown_line(args.first_stage.name)}`"] if args.first_stage else []
         facts += ["", written.note] if written.note else []
         head = card(files, origin, facts, written.usage)
         carry(given, folder)
