@@ -98,6 +98,29 @@ def test_the_run_with_whose_weights_a_part_began_is_in_the_card(run: Path, flow:
     assert distributed.hardware() != "CPU" or not Path("/proc/cpuinfo").exists()
 
 
+def test_so_is_the_run_that_made_the_model_folder_with_whose_weights_a_part_began(
+    run: Path, flow: Flow, tmp_path: Path
+) -> None:
+    assert dispatch(["card", str(run), str(flow.root / "first_stage")]) == 0
+    (run / "card.yaml").write_text(yaml.safe_dump(WRITTEN))
+    assert dispatch(["export", str(run), str(tmp_path / "model")]) == 0
+    for name in ("first_stage", "model"):
+        began = flow.root / name if name == "first_stage" else run
+        shutil.copytree(began, tmp_path / f"second_{name}")
+        config = yaml.safe_load((began / CONFIG).read_text())
+        changed = yaml.safe_dump({**config, "init_from": str(tmp_path / "model")})
+        (tmp_path / f"second_{name}" / CONFIG).write_text(changed)
+    assert dispatch(["card", str(tmp_path / "second_model"), str(tmp_path / "second_first_stage")]) == 0
+    cost = section(tmp_path / "second_model" / "README.md", "Cost")
+    for part in ("denoiser", "first stage"):
+        assert f"| {part} |" in cost
+        assert f"| {part}, 1 before |" in cost
+    shutil.rmtree(tmp_path / "model")
+    (tmp_path / "second_model" / "card.json").unlink()
+    assert dispatch(["card", str(tmp_path / "second_model")]) == 0
+    assert "1 before" not in section(tmp_path / "second_model" / "README.md", "Cost")
+
+
 def test_the_card_prints_the_data_sheet_that_the_run_recorded(run: Path) -> None:
     data = json.loads((run / "data.json").read_text())
     data["train"]["sheet"] = {"hash": "ab" * 32, "licences": {"MIT": 40, "CC BY 4.0": 13}, "sources": {"us": 53}}

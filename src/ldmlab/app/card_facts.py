@@ -6,6 +6,7 @@ machine; README.md is written from it and from card.yaml.
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ldmlab.data.data_sheet import data_record
 from ldmlab.errors import InputError, did_you_mean, shown
 from ldmlab.files import encodable, read_json, read_text, write_json, write_text
 from ldmlab.instantiate import instantiate
-from ldmlab.model_files import CONFIG, DATA, DESCRIPTION, read_config, read_description, read_yaml
+from ldmlab.model_files import CONFIG, DATA, DESCRIPTION, model_folder, read_config, read_description, read_yaml
 from ldmlab.report.line_chart import Points
 from ldmlab.report.metrics_json import AGAIN, read_evaluation, reading, title
 from ldmlab.report.model_card import PERSON, SHARES, card_markdown, section_title
@@ -80,22 +81,30 @@ def _is_run(folder: Path) -> bool:
 
 
 def _runs(folder: Path) -> Facts:
-    """A run, and as KIND:1, KIND:2, ... those with whose weights it began, as far as they are still there."""
+    """A run, and as KIND:1, KIND:2, ... those with whose weights it began, as far as they or their cards are there."""
     kind = str(read_description(folder)["kind"])
     found, places = {kind: _run(folder)}, [folder.resolve()]
-    while (before := _before(places[-1])) and before not in places and read_description(before)["kind"] == kind:
+    while (before := _before(places[-1])) and before not in places:
+        if not _is_run(before):  # a model folder, whose card has the runs that made it
+            of_kind = {name: run for name, run in read_facts(before).get("runs", {}).items() if _kind(name) == kind}
+            return {"runs": found | {f"{kind}:{len(places) + n}": run for n, run in enumerate(of_kind.values())}}
+        if read_description(before)["kind"] != kind:
+            break
         found[f"{kind}:{len(places)}"] = _run(before)
         places.append(before)
     return {"runs": found}
 
 
+def _kind(name: str) -> str:
+    return name.partition(":")[0]
+
+
 def _before(folder: Path) -> Path | None:
-    """The run that `init_from` of a run names, also by one of its checkpoints."""
-    if not (source := read_config(folder).get("init_from")):
-        return None
-    place = Path(source).resolve()
-    place = place.parents[1] if place.suffix == ".ckpt" else place
-    return place if _is_run(place) else None
+    """The run or model folder that `init_from` of a run names, also by one of a run's checkpoints."""
+    source = read_config(folder).get("init_from")
+    with suppress(InputError):  # it may be gone
+        return model_folder(source).resolve() if source else None
+    return None
 
 
 def _run(folder: Path) -> Facts:
