@@ -208,7 +208,7 @@ def product_rate(device: torch.device, side: int) -> float:
 def resume(accelerator: str) -> None:
     """A first stage for 6 steps, and for 3 and then 6: every tensor of the last checkpoints."""
     print("\nresume: 6 steps against 3, a new process, and 3 more", flush=True)
-    options = ["experiment=mine/first_stage", "lr_schedule=constant", "~lr_schedule.final", "logger=csv"]
+    options = ["experiment=mine/first_stage", "lr_schedule=constant_warmup_50", "logger=csv"]
     options += ["callbacks=quiet", "data.workers=2"]
     options += [f"data.{split}=data/emoji-256/{split}" for split in ("train", "val")]
     options += ["data.image_size=32", "trainer.micro_batch=8", "trainer.validate_every=6", "first_stage.channels=32"]

@@ -82,7 +82,7 @@ def instantiate(node: Mapping[str, Any], *, where: str, trust: bool = False, **d
         raise InputError(f"{where}.{names} is derived from other options; remove it.")
     check_arguments(target, arguments, where, complete=False)
     for name in derived:
-        if not _takes(target, name):
+        if not takes(target, name):
             raise InputError(f"{where}._target_={shown(node['_target_'])} must take the argument {name}; add it.")
     check_arguments(target, arguments | derived, where, complete=not partial)
     check_types(target, arguments, where)
@@ -210,7 +210,8 @@ def accepts(node: Mapping[str, Any], name: str, *, where: str) -> bool:
     return name in inspect.signature(locate(node, where=where)).parameters
 
 
-def _takes(target: Callable[..., Any], name: str) -> bool:
+def takes(target: Callable[..., Any], name: str) -> bool:
+    """Whether the target takes an argument of this name, be it among others."""
     parameters = inspect.signature(target).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 

@@ -42,11 +42,11 @@ def test_scores_in_training_bring_all_their_choices() -> None:
 
 @pytest.mark.parametrize("path", SEVERAL, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_set_builds(path: Path) -> None:
-    config = OmegaConf.to_container(
-        OmegaConf.merge({"trainer": {"validate_every": 5}}, OmegaConf.load(path)), resolve=True
-    )
-    for name in config.keys() - {"trainer", "defaults"}:
-        node, where = config[name], f"{path.parent.name}.{name}"
+    group = path.parent.name
+    intervals = {"trainer": {"validate_every": 5, "checkpoint_every": 5}}
+    composed = OmegaConf.merge(intervals, compose(f"{group}/{path.stem}", []))
+    for name, node in OmegaConf.to_container(composed, resolve=True).get(group, {}).items():
+        where = f"{group}.{name}"
         if accepts(node, "scorer", where=where):
             assert instantiate({"_target_": node["_target_"], **BUILT_AROUND}, where=where, scorer=object())
         else:

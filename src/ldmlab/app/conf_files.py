@@ -119,6 +119,8 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
     from ldmlab.data.transfers import is_address
 
     stage, options = config["stage"]["name"], dict(leaves(config))
+    for group in sorted((config.keys() & set(chosen)) - {"trainer"}):  # it takes those of Lightning's, too
+        _check_taken(group, config[group], chosen)
     check_effects({group: node for group, node in config.items() if stage in _READ_BY.get(group, (stage,))}, chosen)
     for name in sorted(chosen):
         group = name.split(".")[0].split("/")[-1]
@@ -149,6 +151,21 @@ def check_choices(config: Config, chosen: Collection[str]) -> None:
                     f"{option}: the network comes with conditioner.{name}.from_run={node['from_run']}; leave one of "
                     "the two out."
                 )
+
+
+def _check_taken(group: str, part: Any, chosen: Collection[str]) -> None:
+    """InputError for options, set by an experiment for the part that it names, which the chosen part lacks."""
+    from ldmlab.instantiate import locate, takes
+
+    if not isinstance(part, Mapping) or not isinstance(part.get("_target_"), str):
+        return
+    target = locate(part, where=group, trust=True)
+    options = [f"{group}.{name}" for name in part if not name.startswith("_") and not takes(target, name)]
+    if lacking := [name for name in options if name not in chosen]:
+        raise InputError(
+            f"{', '.join(lacking)}: {part['_target_']} has no such option; where an experiment sets it, leave it out: "
+            f"{' '.join(f'~{name}' for name in lacking)}."
+        )
 
 
 def check_effects(config: Config, chosen: Collection[str], where: str = "") -> None:
