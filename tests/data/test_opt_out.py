@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,22 @@ def test_another_list_does_not_continue_a_pack(pack: Pack, tmp_path: Path) -> No
     (tmp_path / "out" / "train" / "manifest.json").unlink()
     assert "exclude.sha256" in refusal(lambda: pack("--size", 16, lines=PLACE.format(1)))
     assert "exclude" in refusal(lambda: pack("--size", 16))
+
+
+def test_what_a_pack_writes_holds_no_path_of_this_machine(source: Path, pack: Pack, tmp_path: Path) -> None:
+    (source / "7.png").unlink()
+    os.mkfifo(source / "7.png")
+    assert pack("--size", 16, "--max-bad", 0.5, lines=PLACE.format(0)) == 0
+    assert json.loads((tmp_path / "out" / "train" / "bad.json").read_text())[0]["reason"] == "not a regular file"
+    plan = tmp_path / "out" / "train" / "plan.json"
+    new = json.loads(plan.read_text())
+    assert new["options"]["exclude"]["path"] == "list.txt"
+    assert not [path for path in plan.parent.iterdir() if str(tmp_path).encode() in path.read_bytes()]
+    old = {**new, "options": {**new["options"], "exclude": {**new["options"]["exclude"], "path": "/home/me/list.txt"}}}
+    plan.write_text(json.dumps(old))
+    (plan.parent / "manifest.json").unlink()
+    assert pack("--size", 16, "--max-bad", 0.5, lines=PLACE.format(0)) == 0  # begun by a version that kept it
+    assert json.loads(plan.read_text()) == new
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,13 @@ def test_verify_names_what_each_file_carries(tmp_path: Path, capsys: pytest.Capt
     path.write_bytes(path.read_bytes() + b"x")
     assert dispatch(["verify", str(path)]) == 1
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(InputError, match="cannot be read"):
-        dispatch(["verify", str(tmp_path / "text.png")])
+    others = [str(tmp_path / "text.png"), str(tmp_path / "missing.png"), str(path), str(plain)]
+    with pytest.raises(InputError, match=r"2 of 4 files cannot be read \(.*text.png, .*missing.png\); give image"):
+        dispatch(["verify", *others])
+    out = capsys.readouterr().out
+    assert all(f"{name}\n" in out for name in others)  # those after an unreadable one, too
+    assert out.count("cannot be read: ") == 2
+    assert "credentials  changed" in out
 
 
 @pytest.mark.slow

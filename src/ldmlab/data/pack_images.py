@@ -91,7 +91,8 @@ def encode_part(
             bad.append((item.name, "is missing" if isinstance(error, FileNotFoundError) else "is not an image"))
             continue
         except Exception as error:  # whatever a decoder raises on broken bytes
-            bad.append((item.name, str(error) or type(error).__name__))
+            text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)  # without its path
+            bad.append((item.name, text or type(error).__name__))
             continue
         offsets.append(len(data))
         names.update(dict.fromkeys(fields))

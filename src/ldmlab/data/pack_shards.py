@@ -127,6 +127,17 @@ def pack(
         ) from None
 
 
+def _published(plan: dict[str, Any]) -> dict[str, Any]:
+    """A plan without what is nobody's business: of an opt-out list, the folder in which it lies on this machine."""
+    options = plan.get("options")
+    if not isinstance(options, dict) or "exclude" not in options:
+        return plan
+    kept = {name: value for name, value in options.items() if name != "exclude"}  # without a list, as before lists
+    if isinstance(listed := options["exclude"], dict):
+        kept["exclude"] = {**listed, "path": Path(str(listed.get("path"))).name}
+    return {**plan, "options": kept}
+
+
 class _Pack:
     """One run of the command over all splits."""
 
@@ -197,13 +208,13 @@ class _Pack:
             known = [item.key, item.name, item.span, item.fields, item.fault, *sorted(item.maps)]
             known += [] if item.caption is None else [{"caption": item.caption}]
             digest.update(json.dumps(known).encode())
-        options = json.loads(json.dumps(asdict(self.options)))
-        if options["exclude"] is None:
-            del options["exclude"]  # as packs without a list were begun before there were lists
+        plan = _published({"options": json.loads(json.dumps(asdict(self.options))), "images": digest.hexdigest()})
         before = read_json(folder / PLAN)
-        same_options = isinstance(before, dict) and before.get("options") == options
+        if isinstance(before, dict) and before != plan and _published(before) == plan:
+            write_json(folder / PLAN, plan)  # of a version that kept the whole path of the list
+        same_options = isinstance(before, dict) and before.get("options") == plan["options"]
         special = {"images": "other images or captions in SOURCE"} if same_options else None
-        open_plan(folder / PLAN, {"options": options, "images": digest.hexdigest()}, f"OUT={self.out}", special)
+        open_plan(folder / PLAN, plan, f"OUT={self.out}", special)
         return done
 
     def _write(self, shard: _Shard, parts: Iterator[Part]) -> None:
