@@ -111,8 +111,7 @@ def run_export(args: argparse.Namespace) -> None:
     one_of("--format", args.format, WRITERS)
     one_of("--precision", args.precision, ("float32", "float16"))
     given = model_folder(args.model)
-    person = {} if args.without_card else filled_in(given, args.model)
-    known = {} if args.without_card else collect(given)
+    person, known = ({}, {}) if args.without_card else (filled_in(given, args.model), collect(given))
     files = read_model(args.model, args.weights)
     if args.first_stage:
         files = with_first_stage(files, args.first_stage)
