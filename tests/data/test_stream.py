@@ -20,7 +20,8 @@ from shard_maker import keys_of, toy_image, write_shards
 from torch.utils.data import DataLoader, Dataset
 
 from ldmlab.data import shards
-from ldmlab.data.dataset import BatchSpec, ShardDataset
+from ldmlab.data.batch_spec import BatchSpec
+from ldmlab.data.dataset import ShardDataset
 from ldmlab.data.loaders import QuietLoader, eval_loader
 from ldmlab.data.manifest import read_manifest, write_manifest
 from ldmlab.data.order import image_random
@@ -225,6 +226,18 @@ def test_balanced_stream(folder: Path) -> None:
     batches = take(data(folder, balance="category", balance_temperature=0, fields=("category",)).train_loader(9), 2)
     classes = [name for batch in batches for name in batch["category"]]
     assert sorted(classes) == ["c0"] * 6 + ["c1"] * 6 + ["c2"] * 6
+
+
+def test_exchanged_splits_are_refused(tmp_path: Path) -> None:
+    for split, recorded in (("train", "val"), ("val", "train")):
+        write_shards(tmp_path / split, [6], split=recorded)
+    for made in (data(tmp_path).train_dataset, data(tmp_path).val_dataset):
+        with pytest.raises(InputError, match=r"data.train=.*/train holds the split val, and .*; exchange the two"):
+            made()
+    with pytest.raises(InputError, match=r"data.latents=.*/train holds the split val"):
+        replace(data(tmp_path), latents=str(tmp_path)).check_sides("latents")
+    write_shards(tmp_path / "val", [6], split="val")
+    assert len(data(tmp_path).train_dataset()) == 6  # the validation images for both, or a split of another name
 
 
 def test_data_set_survives_pickling(folder: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_weak_model_of_something_else_is_refused(parts: dict[str, Any], what: 
         ({"guidance_interval": (0.1, "1")}, "guidance_interval='1' is not a finite number"),
         ({"guidance_interval": (0.1, float("inf"))}, "guidance_interval=inf is not a finite number"),
         ({"guidance_interval_unit": "sigma"}, "guidance_interval_unit=sigma needs a guidance_interval; add it"),
-        ({"guidance_interval_unit": "time"}, "guidance_interval_unit=time is unknown; choose position or sigma"),
+        ({"guidance_interval_unit": "time"}, "guidance_interval_unit=time is unknown; choose one of position, sigma"),
         ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 is outside 0 .. 1"),
         ({"guided_channels": 0}, "guided_channels=0 is outside 1 and above"),
         ({"guided_channels": 3}, "guided_channels=3 is more than the 2 of the latent"),

@@ -176,9 +176,8 @@ def explained(error: Exception, config_name: str, overrides: Sequence[str]) -> E
         empty = next((key for key in (word.partition("=null")[0] for word in overrides) if key in groups()), "a group")
         return InputError(f"{empty}=null: a group takes the name of a file; leave it out for the default.")
     if not isinstance(error, HydraException | OmegaConfBaseException):
-        return (
-            InputError(f"{_at_fault(error, overrides)} cannot be used: {_line(text)}.") if _of_hydra(error) else error
-        )
+        unusable = InputError(f"{_at_fault(error, overrides)} cannot be used: {_line(text)}.")
+        return unusable if _of_hydra(error) else error
     if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         return _missing_choice(match[1])
     if match := re.search(r"Could not override '([^']+)'", text):

@@ -28,6 +28,7 @@ def encode_splits(config: dict[str, Any]) -> None:
     _check_out(out.folder, loaded.fingerprint)
     images = {**config["data"], "image_size": config["data"]["image_size"] or loaded.image_size}
     data: ShardData = instantiate(images, where="data", seed=config["seed"])
+    data.check_sides("images")
     first_stage: Any = loaded.module
     if not first_stage.state_dict():
         raise InputError("the identity first stage (f = 1) needs no encoding: train on the image shards themselves.")

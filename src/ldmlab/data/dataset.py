@@ -1,8 +1,7 @@
-"""Shards as a data set keyed by position, in the order that `order.py` gives them, and what its batches hold."""
+"""Shards as a data set keyed by position, in the order that `order.py` gives them."""
 
 import mmap
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,79 +10,16 @@ from torch.utils.data import Dataset, get_worker_info
 
 from ldmlab.annotations import BOXES
 from ldmlab.contracts import Task
+from ldmlab.data.batch_spec import BatchSpec, check_spec
 from ldmlab.data.decode import BAD_SAMPLE, decode_image, decode_moments, decode_states, required_fields, sample_fields
 from ldmlab.data.image_parts import decode_parts, mirrored_sample, missing_part
-from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import Place, SequentialOrder, image_random
 from ldmlab.data.sample_values import field_value, kept_by, sample_values
 from ldmlab.data.shard_cache import Ahead
 from ldmlab.data.shards import Folder, ShardLost, ShardReader, check_there, manifest_of
 from ldmlab.data.tars import Files
 from ldmlab.errors import InputError
-from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX, maker_of
-
-
-@dataclass(frozen=True)
-class BatchSpec:
-    """Entries of a batch besides key, position and skipped."""
-
-    image_size: int  # side of the images, px; also of the images behind moments
-    images: bool = True
-    moments: bool = False
-    flip: bool = False  # half of the images mirrored, by (seed, epoch, key)
-    fields: tuple[str, ...] = ("caption",)
-    states: tuple[str, ...] = ()  # conditioners whose stored states come with the moments
-    task: Task | None = None  # derives more from the image, its maps and its boxes
-    classes: int | None = None  # bound of class_id; None: the classes that the manifest names, if any
-    tokenizers: Mapping[str, Any] = field(default_factory=dict)  # of `caption`, by conditioner
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """What the task starts from: image (as stored, not cropped) | mask | segmentation | boxes."""
-        return self.task.needs if self.task else frozenset()
-
-    @property
-    def decoded_size(self) -> int | None:
-        """Side of decoded images and maps; None: as stored, for the task to crop."""
-        return None if "image" in self.parts else self.image_size
-
-
-def check_spec(named: str, manifest: Manifest, spec: BatchSpec) -> None:
-    """Refuse shards that cannot serve `spec`, before any work; named: "OPTION=FOLDER"."""
-    latents = manifest.latents or {}
-    if manifest.total == 0:
-        raise InputError(f"{named} holds no samples; pack some images first.")
-    if spec.moments and manifest.kind != "latents":
-        raise InputError(
-            f"{named} holds {manifest.kind}, not latents; encode it with `ldmlab encode`, "
-            "or leave data.latents=null to run the first stage while training."
-        )
-    if spec.images and manifest.kind == "latents" and not latents.get("carries_images"):
-        raise InputError(
-            f"{named} holds latents without their images; give the image shards they were made from, "
-            "or encode again so that images are carried."
-        )
-    if spec.moments and "image" in spec.parts:
-        raise InputError(
-            f"{named} holds latents, but this task crops or changes images; set data.latents=null "
-            "and give the first stage as from_run=RUN, so that it runs while training."
-        )
-    if spec.moments and latents["image_size"] != spec.image_size:
-        raise InputError(
-            f"data.image_size={spec.image_size}, but the latents of {named} were encoded at "
-            f"{latents['image_size']}; use that size or encode again."
-        )
-    if missing := sorted(set(spec.states) - (latents.get("states") or {}).keys()):
-        raise InputError(
-            f"{named} holds no states of {maker_of(missing[0])}, unlike the training split; encode "
-            "both splits alike, or set data.states=false to run the encoder while training."
-        )
-    if spec.moments and spec.flip and not latents["mirrored"]:
-        raise InputError(
-            f"data.flip=true, but the latents of {named} were encoded without their mirror images; "
-            "encode again with them, or set data.flip=false."
-        )
-
+from ldmlab.stored_names import CUT_PREFIX, IDS_PREFIX, STATES_PREFIX
 
 TRIES = 100  # samples in a row that may be bad before the data are given up, and samples checked at the start
 Batch = dict[str, Any]
@@ -144,7 +80,7 @@ class ShardDataset(Dataset[Batch]):
         if spec.moments and (latents := manifest.latents):
             side = latents["image_size"] // latents["downsampling"]
             self._moment_shape = latents["latent_channels"] * (2 if latents["has_logvar"] else 1), side, side
-        self._hash, self._remedy = manifest.hash, manifest.remedy
+        self._hash, self._remedy, self.split = manifest.hash, manifest.remedy, manifest.split
         self._state_shapes = dict[str, tuple[int, ...]]()  # by conditioner
         self._kept: list[NDArray[np.int64]] | None = None  # per shard the samples that take part; None: all
         if spec.task and (keeps := spec.task.keeps):

@@ -10,7 +10,8 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from ldmlab.contracts import Task
-from ldmlab.data.dataset import Batch, BatchSpec, ShardDataset
+from ldmlab.data.batch_spec import BatchSpec
+from ldmlab.data.dataset import Batch, ShardDataset
 from ldmlab.data.loaders import Skipped, eval_loader, position_loader
 from ldmlab.data.manifest import Manifest
 from ldmlab.data.order import BalancedOrder, EpochOrder, training_batches
@@ -191,14 +192,21 @@ class ShardData:
             task = None if task.adds and task.adds <= known else task
         fields = tuple(self.fields)
         spec = BatchSpec(self.image_size, images, not images, flip, fields, states, task, self.classes, self.tokenizers)
-        return ShardDataset(
-            self.folder(split, kind),
-            spec,
-            seed=self.seed,
-            train=train,
-            sha256=self.sha256,
-            option=self._option(split, kind),
-        )
+        folder, option = self.folder(split, kind), self._option(split, kind)
+        dataset = ShardDataset(folder, spec, seed=self.seed, train=train, sha256=self.sha256, option=option)
+        if dataset.split != split:
+            self.check_sides(kind)
+        return dataset
+
+    def check_sides(self, kind: str) -> None:
+        """InputError where the folders of the two splits were exchanged, as their manifests show."""
+        try:
+            found = [self.manifest(split, kind).split for split in ("train", "val")]
+        except InputError:  # only one of them may be there
+            return
+        if found == ["val", "train"]:
+            train, val = (f"{self._option(split, kind)}={self.folder(split, kind)}" for split in ("train", "val"))
+            raise InputError(f"{train} holds the split val, and {val} the split train; exchange the two.")
 
     def _cached(self, dataset: ShardDataset) -> ShardDataset:
         if self.cache and dataset.spec.images:

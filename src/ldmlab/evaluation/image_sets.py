@@ -13,7 +13,8 @@ from torchmetrics import Metric
 
 from ldmlab import distributed
 from ldmlab.contracts import FeatureExtractor
-from ldmlab.data.dataset import BatchSpec, ShardDataset
+from ldmlab.data.batch_spec import BatchSpec
+from ldmlab.data.dataset import ShardDataset
 from ldmlab.data.decode import BAD_SAMPLE, decode_image
 from ldmlab.data.loaders import eval_loader, quiet_worker
 from ldmlab.data.manifest import read_manifest

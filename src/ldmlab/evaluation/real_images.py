@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ldmlab import distributed
 from ldmlab.contracts import FeatureExtractor
-from ldmlab.data.dataset import BatchSpec, ShardDataset
+from ldmlab.data.batch_spec import BatchSpec
+from ldmlab.data.dataset import ShardDataset
 from ldmlab.data.shard_data import ShardData
 from ldmlab.errors import InputError
 from ldmlab.evaluation.record import reference_record, save_image

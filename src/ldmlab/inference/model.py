@@ -104,10 +104,9 @@ class LoadedModel(ReadsInputs):
         entry an image. Any model takes init_image, where sampling starts, and image with mask, of which only the hole
         is generated.
         """
-        names = {one.name for one in fields(SampleSettings)}
-        settings = SampleSettings(**{name: value for name, value in options.items() if name in names})
-        columns = {name: value for name, value in options.items() if name not in names}
-        inputs = rows_of(columns, self.reads, count)
+        chosen = [one.name for one in fields(SampleSettings) if one.name in options]
+        settings = SampleSettings(**{name: options.pop(name) for name in chosen})
+        inputs = rows_of(options, self.reads, count)
         self.check(inputs)
         for end in (end for one in different(inputs) for end in self.lost(one)):
             warnings.warn(f'the model does not see the end of a caption that is too long: "{end}"', stacklevel=2)

@@ -108,9 +108,7 @@ class SampleSettings:
         if self.guidance_interval is None and self.guidance_interval_unit != "position":
             raise InputError(f"guidance_interval_unit={self.guidance_interval_unit} needs a guidance_interval; add it.")
         if (self.guided_channels or 0) > channels:
-            raise InputError(
-                f"guided_channels={self.guided_channels} is more than the {channels} of the latent; lower it."
-            )
+            raise InputError(f"guided_channels={self.guided_channels}: the latent has only {channels}; lower it.")
         where = self.guidance_interval, self.guidance_interval_unit
         return Guidance(scale, *where, self.guidance_rescale or 0.0, self.guided_channels)
 
@@ -137,9 +135,8 @@ class SampleSettings:
         if levels and self.sampler.partition(":")[0] in ("ode", "sde"):
             raise InputError(f"sampler={self.sampler} is for flows, and this model has a discrete schedule; use heun.")
         known["steps"] = self.steps or getattr(sampler, "steps", None) or levels or solver.steps
-        paths = (getattr(sampler, "extrapolates", False) and solver.multistep) or solver.spacing
-        own = getattr(sampler, "spacing", "linspace") if levels else paths  # a continuous path has its own
-        known["spacing"] = self.spacing or own
+        paths = (getattr(sampler, "extrapolates", False) and solver.multistep) or solver.spacing  # of a continuous one
+        known["spacing"] = self.spacing or (getattr(sampler, "spacing", "linspace") if levels else paths)
         known["eta"] = getattr(sampler, "eta", 0.0)
         if inputs is not None:
             starts, fills = "init_image" in inputs, fills_holes and "mask" in inputs
@@ -258,11 +255,11 @@ def _checked(name: str, value: Any, typed: str | None = None) -> Any:
     """A setting's value of the right type within its limits, or an InputError that shows it as `typed`."""
     kind, limits = _kind(name), SampleSettings.__dataclass_fields__[name].metadata
     shown = f"{value!r:.40}" if typed is None else typed[:40]
+    if limits["words"] and value not in limits["words"]:
+        raise InputError(f"{name}={value} is unknown; choose one of {', '.join(limits['words'])}.")
     if kind in (bool, str):
         if not isinstance(value, kind):
             raise InputError(f"{name}={shown} is not {_KINDS[kind]}; {_way_out(name)}")
-        if limits["words"] and value not in limits["words"]:
-            raise InputError(f"{name}={value} is unknown; choose {' or '.join(limits['words'])}.")
         return value
     try:
         number = kind(value)
@@ -298,6 +295,5 @@ def _way_out(name: str) -> str:
         "shift": "choose 1 (none) or for instance 3.",
         "churn": "choose 0 (none) or for instance 40.",
         "quantize_x0": "choose one of them.",
-        "tile_norms": "choose shared or separate.",
     }
     return ways.get(name, "choose 0 (at once) or for instance 512.")
