@@ -157,7 +157,7 @@ def test_a_weak_model_of_something_else_is_refused(parts: dict[str, Any], what: 
         ({"guidance_interval_unit": "time"}, "guidance_interval_unit=time is unknown; choose one of position, sigma"),
         ({"guidance_rescale": 1.5}, "guidance_rescale=1.5 is outside 0 .. 1"),
         ({"guided_channels": 0}, "guided_channels=0 is outside 1 and above"),
-        ({"guided_channels": 3}, "guided_channels=3 is more than the 2 of the latent"),
+        ({"guided_channels": 3}, "guided_channels=3: the latent has only 2; lower it"),
         ({"guidance_interval": (0.1, 0.8), "guidance_scale": 1}, r"guidance_interval=0.1..0.8 does nothing at guid"),
         ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_rescale=0.5 does nothing at guidance_scale=1"),
         ({"weak_model": "runs/none", "guidance_scale": 1}, "weak_model=runs/none does nothing at guidance_scale=1"),
