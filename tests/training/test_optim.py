@@ -1,5 +1,7 @@
 """Learning rates at known steps, and the optimizer that is asked for."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +81,15 @@ def test_schedules_that_make_no_sense_are_refused() -> None:
         WarmupStableDecay(max_steps=10, decay=0.0)
     with pytest.raises(InputError, match=r"lr_schedule\.steady_steps=0 must be at least 1"):
         InverseSqrt(steady_steps=0)
+
+
+def test_the_rise_differs_from_that_of_edm2_by_one_step_at_most() -> None:
+    """learning_rate_schedule of NVlabs/edm2, by its number of images; the same after the rise."""
+    batch, warmup, steady = 2048, 4882, 70_000
+    schedule = InverseSqrt(steady_steps=steady, warmup_steps=warmup)
+    for step in (0, 1, 2441, 4881, 4882, 4883, 69_999, 70_000, 300_000):
+        images = step * batch
+        rise = min(images / (warmup * batch), 1.0)
+        official = rise / math.sqrt(max(images / (steady * batch), 1.0))
+        assert 0 <= schedule(step) - official <= (0.00021 if step < warmup else 1e-15)
+    assert schedule(0) > 0

@@ -117,7 +117,11 @@ class Cosine(_Schedule):
 
 @dataclass(frozen=True)
 class InverseSqrt(_Schedule):
-    """1 until `steady_steps`, then sqrt(steady_steps / step), after a linear rise (Karras et al. 2024)."""
+    """1 until `steady_steps`, then sqrt(steady_steps / step), after a linear rise (Karras et al. 2024).
+
+    EDM2's rise is step / warmup_steps, whose first update has rate 0 and changes nothing; here it is (step + 1) /
+    (warmup_steps + 1), higher by at most 1 / (warmup_steps + 1): 0.0002 of the rate with EDM2-S's 4,882 steps.
+    """
 
     steady_steps: int
     warmup_steps: int = 0
