@@ -8,10 +8,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 
 from ldmlab.annotations import WHOLE, area
+from ldmlab.app.compose import compose, plain
 from ldmlab.errors import InputError
 from ldmlab.instantiate import instantiate
 from ldmlab.tasks.crop import Crop
@@ -32,7 +32,7 @@ def sample(number: int = 0, width: int = 48, height: int = 32, **fields: Any) ->
 
 @pytest.mark.parametrize("path", CONF, ids=lambda path: path.stem)
 def test_every_task_of_conf_gives_what_it_says(path: Path) -> None:
-    node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    node = plain(compose(f"task/{path.stem}", []))["task"]
     task = instantiate({**node, "image_size": 256}, where="task")
     for variant in (task, task.held_out):
         given = sample(1, 640, 480, mask=np.zeros((1, 480, 640), np.uint8))
