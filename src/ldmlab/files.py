@@ -5,6 +5,7 @@ power cut leaves half of one.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -40,6 +41,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
+    """Delete what a killed process left of a file or folder NAME, None: of any; nobody else may be writing it."""
+    for left in folder.glob(f".{'*' if name is None else glob.escape(name)}.????????.part"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def link(path: Path, other: Path) -> None:

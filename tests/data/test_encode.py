@@ -268,8 +268,9 @@ def test_what_a_killed_encode_left_is_removed(images: Path, tmp_path: Path) -> N
         encode(images / "train", out, killed_after(6), SETTINGS, batch_size=3)
     for name in ("00001.tar.rank-0.tmp", "00001.tar.rank-7.tmp", "00001.tar.12345.tmp"):  # as a kill -9 leaves them
         (out / name).write_bytes(b"half")
+    (out / ".encoded" / ".00001.tar.json.01234567.part").write_bytes(b"half")
     run(images, tmp_path / "out")
-    assert not list(out.glob("*.tmp"))
+    assert not [*out.rglob("*.tmp"), *out.rglob("*.part")]
 
 
 def test_a_flip_is_found_by_encode(images: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`ldmlab import` on whole official files of every family at small widths, and everything it must refuse."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from ldmlab.errors import InputError
 from ldmlab.inference.model import LoadedModel
 from ldmlab.interop import compvis
 from ldmlab.interop.compvis import compvis_config
+from ldmlab.interop.model_folders import new_folder
 from ldmlab.samplers.ddim import Ddim
+from write_kills import writes_of
 
 QUICK = "ldm__lsun_churches256"  # scaled by a buffer, residual resampling, no conditions
 SD = {
@@ -279,6 +282,32 @@ def test_a_configuration_that_grows_without_limit_is_refused(tmp_path: Path) -> 
         compvis_config.read_config(tmp_path / "bomb.yaml")
     with pytest.raises(InputError, match=r"config=\S+absent\.yaml: .* is missing"):
         compvis_config.read_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.slow
+def test_an_import_that_was_killed_at_any_write_is_done_again(tmp_path: Path) -> None:
+    words = write(tmp_path, small_config(QUICK), official_state(small_config(QUICK)))
+    before = set(tmp_path.iterdir())
+    writes = writes_of(words, tmp_path)
+    names = ("README.md", "denoiser.safetensors", "first_stage.safetensors", "model.yaml")
+    contents = {tmp_path / "model" / name: (tmp_path / "model" / name).read_bytes() for name in names}
+    for moment in [*range(2, writes, 5), writes]:
+        shutil.rmtree(tmp_path / "model")
+        writes_of(words, tmp_path, moment)
+        if not (tmp_path / "model").exists():
+            writes_of(words, tmp_path)
+            assert set(tmp_path.iterdir()) == {*before, tmp_path / "model"}  # nor what the killed one left
+        assert {path: path.read_bytes() for path in (tmp_path / "model").iterdir()} == contents
+
+
+def test_what_a_killed_writer_left_of_the_same_folder_goes(tmp_path: Path) -> None:
+    others = [tmp_path / name for name in (".model.b.01234567.part", ".model2.01234567.part", "model.01234567.part")]
+    for folder in (tmp_path / ".model.01234567.part", *others):
+        folder.mkdir()
+        (folder / "denoiser.safetensors").write_text("half")
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "model.yaml").write_text("whole")
+    assert set(tmp_path.iterdir()) == {tmp_path / "weights", tmp_path / "model", *others}
 
 
 def test_out_must_be_new(tmp_path: Path) -> None:

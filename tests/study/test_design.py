@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ldmlab.study.answers import Answers
 from ldmlab.study.design import Study, make_study, read_study
 from ldmlab.study.results import write_results
 from ldmlab.study.server import application
+from write_kills import writes_of
 
 
 def make(*words: object) -> None:
@@ -223,3 +225,21 @@ def test_a_study_is_made_by_one_command_at_a_time(tmp_path: Path, monkeypatch: p
     assert "is being written (" in refused[0]
     assert read_study(tmp_path / "other" / "study").seed == 0
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["study"]
+
+
+@pytest.mark.parametrize("every", [pytest.param(False, id="last"), pytest.param(True, marks=pytest.mark.slow)])
+def test_a_study_that_was_killed_at_a_write_is_made_again(every: bool, tmp_path: Path) -> None:
+    """Nothing half-written is a study, nothing that was left blocks, and nothing of it stays."""
+    for number, name in enumerate(("a", "b")):
+        image_folder(tmp_path / name, range(2), 100 * number)
+    whole, study = tmp_path / "whole", tmp_path / "study"
+    words = ["study", "make", str(tmp_path / "a"), str(tmp_path / "b"), "--task", "2", "--checks", "0", "--out"]
+    writes = writes_of([*words, str(whole)], tmp_path)
+    contents = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    renamed = writes - 2  # study.json gets its name
+    for moment in [*range(1, renamed, 4), renamed, renamed + 1] if every else [renamed]:
+        writes_of([*words, str(study)], tmp_path, moment)
+        if not (study / "study.json").exists():
+            writes_of([*words, str(study)], tmp_path)
+        assert {path.relative_to(study): path.read_bytes() for path in study.rglob("*") if path.is_file()} == contents
+        shutil.rmtree(study)

@@ -26,7 +26,7 @@ from ldmlab.data.shards import Folder, ShardLost, ShardReader, check_there, mani
 from ldmlab.data.tars import Files, image_ending, tar_bytes
 from ldmlab.disks import FileLock, disk_errors, locked
 from ldmlab.errors import InputError
-from ldmlab.files import write_json
+from ldmlab.files import clear_unfinished, write_json
 from ldmlab.provenance import provenance
 
 EncodeMoments = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) => moments float32 (B, 2C or C, h, w), on the CPU
@@ -263,6 +263,7 @@ class _Work:
             if not (self.out / MANIFEST).exists():
                 write_manifest(self.out, self._manifest(done, skipped))
                 self.remove_leftovers()
+                clear_unfinished(self.out / FINISHED)
         return read_complete(self.out)
 
     def _manifest(self, done: list[FinishedShard], skipped: list[str]) -> Manifest:

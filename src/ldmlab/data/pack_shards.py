@@ -26,7 +26,7 @@ from ldmlab.data.splits import SplitRule, split_items, with_class_ids
 from ldmlab.data.transforms import Transform
 from ldmlab.data.workers import in_order, processors
 from ldmlab.errors import InputError
-from ldmlab.files import read_json, write_json
+from ldmlab.files import clear_unfinished, read_json, write_json
 from ldmlab.provenance import provenance
 
 _PART = 8  # images a worker takes at once
@@ -132,10 +132,9 @@ def _published(plan: dict[str, Any]) -> dict[str, Any]:
     options = plan.get("options")
     if not isinstance(options, dict) or "exclude" not in options:
         return plan
-    kept = {name: value for name, value in options.items() if name != "exclude"}  # without a list, as before lists
-    if isinstance(listed := options["exclude"], dict):
-        kept["exclude"] = {**listed, "path": Path(str(listed.get("path"))).name}
-    return {**plan, "options": kept}
+    listed = options["exclude"]
+    named = {"exclude": {**listed, "path": Path(str(listed.get("path"))).name}} if isinstance(listed, dict) else {}
+    return {**plan, "options": {key: value for key, value in options.items() if key != "exclude"} | named}
 
 
 class _Pack:
@@ -295,6 +294,7 @@ class _Pack:
             write_manifest(folder, result.manifests[split])
             for leftover in (*(shard.side_file for shard in shards), *folder.glob("*.tmp")):  # also of killed processes
                 leftover.unlink(missing_ok=True)
+            clear_unfinished(folder)
             result.bad += bad
             result.small += sum(len(shard.small) for shard in shards)
         return result

@@ -22,7 +22,7 @@ from ldmlab.contracts import Conditioning
 from ldmlab.diffusion.few_steps import FewSteps
 from ldmlab.disks import disk_errors, locked
 from ldmlab.errors import InputError
-from ldmlab.files import markdown_line
+from ldmlab.files import clear_unfinished, markdown_line
 from ldmlab.instantiate import locate
 from ldmlab.interop import compvis, verify
 from ldmlab.interop.imported import assembled, assembled_first_stage
@@ -68,6 +68,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     lock = out.parent / f".{out.name}.lock"
     with disk_errors(out), locked(lock, f"out={out} is being written by another command", remove=True):
         check_new(out)
+        clear_unfinished(out.parent, out.name)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
         try:
             yield temporary

@@ -218,7 +218,8 @@ def _item(value: Mapping[str, Any]) -> Item:
 
 def check_new(folder: Path) -> None:
     """InputError where something lies that a study cannot be written to."""
-    if held := sorted(entry.name for entry in folder.iterdir() if entry.name != IMAGES) if folder.is_dir() else []:
+    ours = (IMAGES, f".{FILE}.*.part")  # of a process that was killed
+    if held := sorted(entry.name for entry in folder.glob("*") if not any(map(entry.match, ours))):
         raise InputError(f"--out {folder} holds files already ({held[0]}); give a new or empty folder.")
 
 

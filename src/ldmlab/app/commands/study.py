@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> None:
     from ldmlab.disks import disk_errors, locked
-    from ldmlab.study.design import check_new, names_of
+    from ldmlab.files import clear_unfinished
+    from ldmlab.study.design import IMAGES, check_new, names_of
     from ldmlab.study.results import check_table
 
     if args.out is None or args.task is None:
@@ -88,6 +89,8 @@ def _make(args: argparse.Namespace) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
     with locked(place.with_name(f".{place.name}.lock"), f"--out {args.out} is being written", remove=True):
         check_new(args.out)  # another process may have been first
+        for folder in (args.out, args.out / IMAGES):
+            clear_unfinished(folder)
         _write(args, sets)
 
 
