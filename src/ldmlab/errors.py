@@ -1,6 +1,7 @@
 """The exception for user errors, and the format of values in its message."""
 
 import difflib
+import re
 import reprlib
 import traceback
 from collections.abc import Iterable
@@ -65,12 +66,14 @@ def first_line(error: BaseException) -> str:
 def lost_loader(error: BaseException) -> str:
     """Why a loader process ended, where the error comes of that; empty for others.
 
-    Torch names the process unless it dies while a batch is handed over: then the connection to it breaks.
+    Torch names the process unless it dies while a batch is handed over: then the connection to it breaks. An error that
+    a process only passes on ("Caught ValueError in DataLoader worker process 0") is none of these.
     """
-    if "DataLoader worker" in str(error):
+    if re.search(r"DataLoader worker \(pid", str(error)):
         return first_line(error).rstrip(".")
-    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
-    broken = isinstance(error, EOFError | ConnectionError) and any("multiprocessing" in file for file in files)
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    passed = any(re.match(r"(torch\.)?multiprocessing\b", name) for name in modules)  # the connection to a process
+    broken = passed and isinstance(error, EOFError | ConnectionError)
     return f"it was killed or has exited: {first_line(error).rstrip('.')}" if broken else ""
 
 

@@ -25,6 +25,7 @@ from ldmlab.errors import InputError
 from ldmlab.first_stages.deep_compression_blocks import LinearAttention
 from ldmlab.inference.sample_settings import sampler_by_name
 from ldmlab.training.callbacks.skipped import Skipped
+from refusals import refusal
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -267,9 +268,12 @@ def test_a_flag_that_another_one_switches_off(words: list[str], message: str) ->
 def test_the_scores_of_a_first_stage_take_no_settings_of_samples(there: Path) -> None:
     for name in ("protocol.steps", "protocol.evaluators.class.steps", "guiders", "precision"):
         with pytest.raises(InputError, match=f"{name}: model=first_stage is a first stage"):
-            check_read({"model": "first_stage"}, [name])
-        check_read({"model": "model"}, [name])
-    check_read({"model": "first_stage"}, ["protocol", "protocol.metrics.kid.at_most", "protocol.reference", "out"])
+            check_read({"model": "first_stage", "protocol": {}}, [name])
+        check_read({"model": "model", "protocol": {}}, [name])
+    check_read(
+        {"model": "first_stage", "protocol": {}},
+        ["protocol", "protocol.metrics.kid.at_most", "protocol.reference", "out"],
+    )
 
 
 def test_heads_that_leave_channels_out() -> None:
@@ -278,3 +282,40 @@ def test_heads_that_leave_channels_out() -> None:
     for block in (blocks[7], torch.nn.Linear(1, 1)):
         with pytest.raises(InputError, match="attention_head_dim=7 divides no level of EfficientViTBlock, or leaves"):
             check_heads(7, block)
+
+
+COMPARED = ["data=shards", "data.train=nowhere/train", "data.val=nowhere/val"]  # with a model of 64 px
+
+
+@pytest.mark.parametrize("program", [["evaluate", "model=emoji"], ["audit", "emoji"], ["first-stage", "emoji"]])
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.latents=nowhere", "data.latents: only training reads it"),
+        ("data.image_size=32", "data.image_size=32: images are compared at the model's size, 64 px"),
+        ("data.image_size=64", "nowhere"),
+        ("data.workers=0", "nowhere"),  # and the model gives the size
+    ],
+)
+def test_real_images_are_compared_by_no_option_of_training(
+    program: list[str],
+    word: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    features = ["features=pixels"] if program[0] == "evaluate" else ["--features", "pixels"]
+    out = [f"out={tmp_path / 'out'}"] if program[0] == "evaluate" else ["--out", str(tmp_path / "out")]
+    more = ["--without-generation"] if program[0] == "first-stage" else []
+    monkeypatch.setattr(sys, "argv", ["ldmlab", *program, *COMPARED, word, *features, *more, *out])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["data.flip=true", "data.balance=style", "data.mix=4"])
+def test_only_the_denoisers_of_a_sheet_read_options_of_training(word: str, tmp_path: Path) -> None:
+    words = ["first-stage", "emoji", *COMPARED, word, "--features", "pixels", "--out", str(tmp_path / "out")]
+    assert "only training reads it" in refusal(lambda: cli.dispatch([*words, "--without-generation"]))
+    assert "nowhere" in refusal(lambda: cli.dispatch(words))

@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
 from ldmlab.app import cli
 from ldmlab.app.compose import compose, group_choices, groups, plain, searching
 from ldmlab.app.wiring import train
 from ldmlab.instantiate import instantiate
+from ldmlab.training.checkpointing import Checkpoints
+from ldmlab.training.fit import explained
 from refusals import refusal
 
 ROOT = Path(__file__).parents[2]
@@ -311,6 +315,29 @@ def test_a_loader_that_dies_while_it_hands_over_a_batch_is_a_sentence(
     assert "a loader process ended (it was killed or has exited: " in capsys.readouterr().err
     with pytest.raises(ConnectionResetError):
         cli.run_command(raises(ConnectionResetError(104, "Connection reset by peer")))
+
+
+class Faulty(torch.utils.data.Dataset[int]):
+    """Somebody's data set: its bug is hers to see."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __getitem__(self, index: int) -> int:
+        raise self.error
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ConnectionResetError(104, "Connection reset")])
+def test_an_error_that_a_loader_process_passes_on_is_not_its_end(
+    error: Exception, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(type(error), match=error.args[-1]) as caught:
+        cli.run_command(lambda: len(list(DataLoader(Faulty(error), num_workers=1))))
+    assert not capsys.readouterr().err
+    assert explained(caught.value, Checkpoints(tmp_path)) is None
 
 
 def raises(error: Exception) -> Callable[..., int]:

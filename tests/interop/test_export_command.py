@@ -88,6 +88,14 @@ def test_a_decoder_tuned_later(kind: Any, tmp_path: Path) -> None:
     assert "is of kind first_stage, which decodes no latents" in message
 
 
+def test_pixels_need_no_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = model("pixels", tmp_path)
+    write_model_folder(tmp_path / "model", spec, weights(spec))
+    monkeypatch.chdir(tmp_path / "model")
+    assert export(tmp_path / "model", tmp_path / "out", "--first-stage", ".") == 0
+    assert "first stage of `model`" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_half_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     spec = model("unconditional", tmp_path)
     parts = weights(spec)

@@ -179,7 +179,7 @@ def test_loader_workers_that_die_of_the_same_signal_lose_no_step(tmp_path: Path)
         for index, batch in enumerate(endless(position, 4)):
             if index == 5:
                 os.kill(os.getpid(), signal.SIGTERM)
-                raise RuntimeError("DataLoader worker exited unexpectedly")
+                raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
             yield batch
 
     run = RunFolder.at(tmp_path / "run")

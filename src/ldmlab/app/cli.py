@@ -19,7 +19,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from ldmlab.app.compose import plain, searching
-from ldmlab.app.conf_files import check_added, check_effects, chosen_options, conf_dir, group_choices
+from ldmlab.app.conf_files import check_added, check_effects, chosen_options, conf_dir, group_choices, without_size
 from ldmlab.app.hydra_main import hydra_main
 from ldmlab.errors import InputError, did_you_mean, lost_loader, memory_ran_out, shown
 from ldmlab.plugins import VARIABLE, allow, check_variable
@@ -244,7 +244,7 @@ def _train(config: Any) -> str:
 
 def _evaluate(config: Any) -> None:
     check_added("evaluate", sys.argv[1:])
-    content = plain(config)
+    content = plain(without_size(config))
     check_effects(content, chosen := chosen_options())
     from ldmlab.app.evaluate import check_read, evaluate
 

@@ -5,7 +5,7 @@ An option that another one overrides, or that the stage does not read, is refuse
 
 import importlib.util
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,7 @@ _READ_BY: dict[str, tuple[str, ...]] = {  # group or option => the stages that r
     **dict.fromkeys(("diffusion", "from_run", "data.latents"), ("classifier", "diffusion")),
     **dict.fromkeys(("backbone", "conditioner", "sampler", "task", "teacher", "data.states"), ("diffusion",)),
 }
+_OF_TRAINING = ("latents", "flip", "mix", "balance", "balance_temperature", "states", "object_background")  # of `data`
 _OF_PANELS = ("stage.panel_", "stage.guidance_", "stage.guided_", "sampler")
 _SLOTS = {  # what a conditioner may give a backbone => its width there, and the options that are for it
     "tokens": ("context_width", ("backbone.transformer_depth", "backbone.context")),
@@ -166,6 +167,29 @@ def _check_taken(group: str, part: Any, chosen: Collection[str]) -> None:
             f"{', '.join(lacking)}: {part['_target_']} has no such option; where an experiment sets it, leave it out: "
             f"{' '.join(f'~{name}' for name in lacking)}."
         )
+
+
+def without_size(config: Any) -> Any:
+    """A composed configuration whose `data` need no image_size: images are compared at the model's."""
+    from omegaconf import OmegaConf
+
+    if (data := config.get("data")) is not None and OmegaConf.is_missing(data, "image_size"):
+        data["image_size"] = None
+    return config
+
+
+def check_compared(config: Config, chosen: Collection[str], size: int | Sequence[int], also: Collection[str]) -> None:
+    """InputError for an option of `data` in `chosen` that a comparison with real images passes over.
+
+    size: of the images, px; also: options for training that this one reads, too.
+    """
+    for name in (f"data.{name}" for name in _OF_TRAINING if name not in also):
+        if name in chosen:
+            raise InputError(f"{name}: only training reads it, and real images are compared as stored; leave it out.")
+    size = max(size) if isinstance(size, Sequence) else size
+    given = (config.get("data") or {}).get("image_size")
+    if "data.image_size" in chosen and given != size:
+        raise InputError(f"data.image_size={given}: images are compared at the model's size, {size} px; leave it out.")
 
 
 def check_effects(config: Config, chosen: Collection[str], where: str = "") -> None:

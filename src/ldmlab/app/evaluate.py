@@ -10,7 +10,7 @@ from typing import Any
 from ldmlab import distributed
 from ldmlab.app.compose import compose, plain
 from ldmlab.app.conditioning import scored_task
-from ldmlab.app.conf_files import group_choices, leaves
+from ldmlab.app.conf_files import check_compared, group_choices, leaves
 from ldmlab.app.dashboard_page import send_scores
 from ldmlab.app.guiders import build_guiders
 from ldmlab.app.lengths import lengths_in
@@ -85,10 +85,11 @@ def evaluate(config: Mapping[str, Any], kept: Kept | None = None) -> None:
 
 
 def check_read(config: Mapping[str, Any], chosen: Collection[str]) -> None:
-    """InputError for an option of `chosen` that the scores of a first stage do not read."""
-    if read_description(run_folder(Path(str(config["model"])))).get("kind") != "first_stage":
-        return
-    for name in sorted(chosen):
+    """InputError for an option of `chosen` that the scores do not read."""
+    spec = read_description(run_folder(Path(str(config["model"]))))
+    also = ("object_background",) if spec["kind"] == "first_stage" else ()
+    check_compared(config, chosen, config["protocol"].get("image_size") or spec["image_size"], also)
+    for name in sorted(chosen) if spec["kind"] == "first_stage" else ():
         group, option, *_ = [*name.split("."), ""]
         if group in ("guiders", "precision", "images") or (group == "protocol" and option in _OF_SAMPLES):
             raise InputError(f"{name}: model={config['model']} is a first stage and samples nothing; leave it out.")
@@ -203,11 +204,9 @@ def lpips() -> LPIPS | None:
 
 def reference_data(config: Mapping[str, Any], image_size: int) -> ShardData:
     """The real images at the model's size: those of `data=`, or those the model's run was trained on."""
-    node = config.get("data")
-    if node is None:
-        node = run_config(run_folder(Path(config["model"]))).get("data")
-        if not isinstance(node, Mapping):
-            raise InputError(f"model={config['model']} records no data it was trained on; name the data with data=.")
+    node = config.get("data") or run_config(run_folder(Path(config["model"]))).get("data")
+    if not isinstance(node, Mapping):
+        raise InputError(f"model={config['model']} records no data it was trained on; name the data with data=.")
     return instantiate({**node, "image_size": image_size}, where="data", seed=config["seed"])
 
 

@@ -190,8 +190,8 @@ def with_first_stage(files: ModelFiles, path: Path) -> ModelFiles:
             f"--first-stage={path}: its latents are others (a difference of {difference:.1%} of the deviation), which "
             "the denoiser does not know; tune the decoder behind the model's own encoder, stage.trained=[decoder]."
         )
-    spec = {**files.spec, "first_stage": theirs.spec}
-    return replace(files, spec=spec, parts={**files.parts, "first_stage": theirs.files.parts["first_stage"]})
+    weights = {name: part for name, part in theirs.files.parts.items() if name == "first_stage"}  # f = 1 has none
+    return replace(files, spec={**files.spec, "first_stage": theirs.spec}, parts={**files.parts, **weights})
 
 
 def check_many_steps(files: ModelFiles) -> None:

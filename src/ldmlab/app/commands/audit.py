@@ -13,7 +13,7 @@ A stopped audit goes on where it was when the same command runs again; more mode
 
 import argparse
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,18 +62,22 @@ def run(args: argparse.Namespace) -> None:
 
     from ldmlab import distributed
     from ldmlab.app.compose import compose, plain
+    from ldmlab.app.conf_files import check_compared, check_effects, chosen_options, without_size
     from ldmlab.disks import own_folder
     from ldmlab.evaluation.protocol import Protocol
     from ldmlab.model_files import model_folder
 
-    config: Mapping[str, Any] = plain(compose("audit", [f"features={args.features}", *options]))
+    words = [f"features={args.features}", *options]
+    config: Mapping[str, Any] = plain(without_size(compose("audit", words)))
+    check_effects(config, chosen := chosen_options(words))
     same = {name: getattr(args, name) for name in ("steps", "sampler", "guidance_scale", "seed", "max_bad")}
     protocol = Protocol(name="audit", reference="train", metrics={}, copy_quantile=args.quantile, **same)
     models = list(dict.fromkeys(_models(folders, args.checkpoints)))
+    check = partial(check_compared, config, chosen, also=())
     out = args.out or model_folder(models[0]) / "audit"
     settings = {name: value for name, value in vars(args).items() if name not in _SAME_RESULT} | {"options": options}
     rank, _ = distributed.join(timeout_minutes=120)
-    with own_folder(partial(_begun, out, settings, models), ".lock", "out={} is being written by another audit"):
+    with own_folder(partial(_begun, out, settings, models, check), ".lock", "out={} is being written by another audit"):
         try:
             audits = _audits(args, models, config, protocol, out)
         except BaseException:
@@ -110,7 +114,7 @@ def _models(folders: Sequence[Path], checkpoints: bool) -> Iterator[Path]:
         yield from kept or [folder]
 
 
-def _begun(out: Path, settings: Mapping[str, Any], models: Sequence[Path]) -> Path:
+def _begun(out: Path, settings: Mapping[str, Any], models: Sequence[Path], check: Callable[[Any], None]) -> Path:
     """The folder of this audit, new or begun with the same settings."""
     from ldmlab.files import read_json, write_json
     from ldmlab.model_files import describe
@@ -121,7 +125,7 @@ def _begun(out: Path, settings: Mapping[str, Any], models: Sequence[Path]) -> Pa
         if out.exists() and (not out.is_dir() or any(one.name != ".lock" for one in out.iterdir())):
             raise InputError(f"--out {out} is no audit; choose a new folder.")
         for model in models:
-            describe(model)  # before anything is made
+            check(describe(model)["image_size"])  # before anything is made
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / _SETTINGS, plain)
     elif other := [name for name, value in plain.items() if before.get(name) != value]:

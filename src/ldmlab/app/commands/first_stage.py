@@ -20,6 +20,7 @@ from typing import Any
 from ldmlab.app.cli import at_least
 from ldmlab.errors import InputError, one_of
 
+_OF_DENOISERS = ("flip", "mix", "balance", "balance_temperature")  # options of `data`
 _GENERATION = {"generation_steps": 600, "seeds": 3, "samples": 500}  # options without effect where nothing is generated
 
 
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     at_least(args, images=2, generation_steps=1, samples=2, seeds=1, batch_size=1)
 
     from ldmlab.app.compose import compose, plain
-    from ldmlab.app.conf_files import check_effects, chosen_options, group_choices
+    from ldmlab.app.conf_files import check_compared, check_effects, chosen_options, group_choices, without_size
     from ldmlab.build import load_first_stage
     from ldmlab.files import write_json
     from ldmlab.model_files import model_folder
@@ -59,10 +60,11 @@ def run(args: argparse.Namespace) -> None:
         one_of("--features", name, group_choices("features"))
     options[:0] = [f"+features@features.{name}={name}" for name in names]
     found = [load_first_stage(folder) for folder in folders]  # all are read before the first is measured
-    if any(option.startswith("data=") for option in options):
-        options.append(f"data.image_size={found[0].image_size}")  # each is given images of its own size
-    config: Mapping[str, Any] = plain(compose("first_stage_sheet", options))
-    check_effects(config, chosen_options(options))
+    config: Mapping[str, Any] = plain(without_size(compose("first_stage_sheet", options)))
+    check_effects(config, chosen := chosen_options(options))
+    generation = () if args.without_generation else _OF_DENOISERS
+    for loaded in found:
+        check_compared(config, chosen, loaded.image_size, ("object_background", *generation))
     out, sheets = args.out or model_folder(folders[0]) / "sheet", []
     for folder, loaded in zip(folders, found, strict=True):
         label = f"{folder.resolve().name}-{loaded.fingerprint[:6]}"

@@ -125,7 +125,7 @@ def run_export(args: argparse.Namespace) -> None:
         origin = f"exported by ldmlab: {weights}; {written.what}."
         differences = written.differences.items()
         facts = [f"- {part}: within {value:.1e} of the model it was exported from" for part, value in differences]
-        facts += [f"- first stage of `{markdown_line(args.first_stage.name)}`"] if args.first_stage else []
+        facts += [f"- first stage of `{markdown_line(args.first_stage.resolve().name)}`"] if args.first_stage else []
         facts += ["", written.note] if written.note else []
         head = card(files, origin, facts, written.usage)
         carry(given, folder)
