@@ -292,7 +292,7 @@ COMPARED = ["data=shards", "data.train=nowhere/train", "data.val=nowhere/val"]  
     ("word", "message"),
     [
         ("data.latents=nowhere", "data.latents: only training reads it"),
-        ("data.image_size=32", "data.image_size=32: images are compared at the model's size, 64 px"),
+        ("data.image_size=32", "data.image_size=32: images are compared at 64 px"),
         ("data.image_size=64", "nowhere"),
         ("data.workers=0", "nowhere"),  # and the model gives the size
     ],

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from ldmlab.app import cli
+from ldmlab.app.compose import compose, plain
+from ldmlab.app.conf_files import chosen_options, without_size
+from ldmlab.app.evaluate import check_read, evaluate
 from ldmlab.app.first_stage_sheet import patch_size
 from ldmlab.contracts import LatentSpec
 from ldmlab.errors import InputError
@@ -113,3 +116,15 @@ def test_bad_options_are_refused(
 def test_data_must_be_known(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="records no data"):
         cli.dispatch(["first-stage", first_stage(tmp_path / "kl", KL), "--features", "pixels"])
+
+
+def test_a_first_stage_is_scored_at_its_own_size_or_the_protocols(tmp_path: Path, options: list[str]) -> None:
+    data = [word for word in options if word.startswith("data")]
+    words = [f"model={first_stage(tmp_path / 'kl', KL)}", *data, "features=pixels", "features.side=2", "device=cpu"]
+    words += ["protocol=paper_first_stage", "~protocol.metrics.is", "protocol.metrics.fid.small_sample=true"]
+    for more, size in (([], SIZE), ([f"+protocol.image_size={2 * SIZE}"], 2 * SIZE)):
+        chosen = [*words, *more, f"out={tmp_path / str(size)}"]
+        config = plain(without_size(compose("evaluate", chosen)))
+        check_read(config, chosen_options(chosen))
+        evaluate(config)
+        assert json.loads((tmp_path / str(size) / "metrics.json").read_text())["sampling"]["size"] == size

@@ -189,7 +189,10 @@ def check_compared(config: Config, chosen: Collection[str], size: int | Sequence
     size = max(size) if isinstance(size, Sequence) else size
     given = (config.get("data") or {}).get("image_size")
     if "data.image_size" in chosen and given != size:
-        raise InputError(f"data.image_size={given}: images are compared at the model's size, {size} px; leave it out.")
+        raise InputError(
+            f"data.image_size={given}: images are compared at {size} px; leave it out, or choose another size by "
+            "protocol.image_size of evaluate.py."
+        )
 
 
 def check_effects(config: Config, chosen: Collection[str], where: str = "") -> None:

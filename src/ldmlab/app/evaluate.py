@@ -43,7 +43,7 @@ from ldmlab.report.score_curves import read_curves
 
 _OWN = ("protocol", "features", "batch_size", "keep_reference", "precision")  # the rest are the callback's
 _OF_SAMPLES = {one.name for one in fields(SampleSettings)} | {  # options of a protocol
-    *("sampling", "conditions", "classes", "at_most", "image_size", "task", "pairs", "neighbours", "copy_quantile"),
+    *("sampling", "conditions", "classes", "at_most", "task", "pairs", "neighbours", "copy_quantile"),
     *("sweep", "sweep_seeds", "class_field", "also_against", "evaluators", "baselines"),
 }
 _CLIP_QUALITY = ("recall_1_of_50", "chance_recall_1_of_50", "recall_5_of_50", "chance_recall_5_of_50")
@@ -149,7 +149,7 @@ def _reconstructions(config: Mapping[str, Any], record: Mapping[str, Any], share
     ReconstructionEvaluation(
         model=module,
         info={"path": str(config["model"]), **files, **record},
-        data=reference_data(config, loaded.image_size),
+        data=reference_data(config, shared["protocol"].image_size or loaded.image_size),
         lpips=lpips(),
         **shared,
     ).run()

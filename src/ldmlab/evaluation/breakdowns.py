@@ -187,7 +187,7 @@ class PairedPass:
             if images.shape != generated.shape:
                 raise InputError(
                     f"samples of {tuple(generated.shape[2:])} px cannot be compared with images of "
-                    f"{tuple(images.shape[2:])} px (height, width); set data.image_size to the size that is sampled."
+                    f"{tuple(images.shape[2:])} px (height, width); set protocol.image_size to the size sampled."
                 )
             self._measures.update(images, generated)
             if self._buckets:
