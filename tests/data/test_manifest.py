@@ -130,8 +130,9 @@ def test_places_that_are_not_those_of_the_manifest(tmp_path: Path, content: byte
     assert path.read_bytes() == np.array([[0, 7], [3, 8]], "<u4").tobytes()
     ShardReader(tmp_path, read_manifest(tmp_path))
     path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"manifest\.places .*{message}.*again"):
+    with pytest.raises(InputError, match=rf"manifest\.places .*{message}.*again") as caught:
         ShardReader(tmp_path, read_manifest(tmp_path))
+    assert str(caught.value).count(";") == 1  # the way out once
 
 
 def test_wrong_places_with_the_right_checksum_are_refused(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def read_places(folder: Path, shards: Sequence[ShardInfo], sha256: str) -> Place
         with open_regular(path) as file:
             found, expected = os.fstat(file.fileno()).st_size, _SAMPLE_BYTES * sum(shard.samples for shard in shards)
             if found != expected:
-                raise InputError(f"{path} has {found} bytes, not the {expected} of its manifest's samples; {again}")
+                raise ValueError(f"it has {found} bytes, not the {expected} of its manifest's samples")
             for shard in shards:
                 rows = file.read(_SAMPLE_BYTES * shard.samples)
                 digest.update(rows)
